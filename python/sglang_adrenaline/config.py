@@ -1,0 +1,166 @@
+"""Options of the extension: parsed once, frozen, handed to every process.
+
+The launcher parses `--adrenaline-*` flags into an `AdrenalineConfig` and puts it, as JSON, into the environment
+variable `SGLANG_ADRENALINE_CONFIG`, which SGLang's spawned processes inherit. Without that variable the plugin
+registers nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Literal
+
+import msgspec
+
+from sglang_adrenaline.errors import ConfigError
+
+CONFIG_ENV = "SGLANG_ADRENALINE_CONFIG"
+
+Role = Literal["prefill", "decode"]
+ChannelKind = Literal["auto", "shm"]
+
+
+class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one prefill or decode server needs to know. All times in seconds."""
+
+    role: Role
+    offload_ratio: float = 0.7
+    """Share of prompt tokens left on the prefill side, 0..1, spread over requests (decode decides)."""
+    min_offload_tokens: int = 16
+    """Prompts shorter than this stay local unless a request asks otherwise."""
+    max_pinned_fraction: float = 0.8
+    """Prefill refuses to pin more than this share of its KV pool."""
+    channel: ChannelKind = "auto"
+    lanes: int = 128
+    """Offloaded requests that one decode instance can have on one prefill instance at a time."""
+    key_file: str | None = None
+    """File with the shared secret of the deployment; None disables offloading to other processes' servers."""
+    control_port_offset: int = 1000
+    """Control port of a prefill rank = its bootstrap port + this + its TP rank."""
+    control_host: str = "127.0.0.1"
+    """Interface that the prefill server's control port binds to."""
+    wait_timeout: float = 8.0
+    """Longest time a decode step waits for the executor before its offloaded rows are failed."""
+    heartbeat_interval: float = 0.5
+    heartbeat_timeout: float = 5.0
+    """A peer that was silent for this long is taken for dead."""
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.offload_ratio <= 1.0, "adrenaline-offload-ratio", self.offload_ratio, "a number in 0..1")
+        _require(
+            0.0 < self.max_pinned_fraction <= 1.0,
+            "adrenaline-max-pinned-fraction",
+            self.max_pinned_fraction,
+            "a number in (0, 1]",
+        )
+        _require(self.min_offload_tokens >= 1, "adrenaline-min-offload-tokens", self.min_offload_tokens, ">= 1")
+        _require(1 <= self.lanes <= 4096, "adrenaline-lanes", self.lanes, "a whole number in 1..4096")
+        _require(self.wait_timeout > 0, "adrenaline-wait-timeout", self.wait_timeout, "a number of seconds > 0")
+        _require(
+            self.heartbeat_timeout > self.heartbeat_interval > 0,
+            "adrenaline-heartbeat-timeout",
+            self.heartbeat_timeout,
+            "more seconds than the heartbeat interval",
+        )
+
+    def to_json(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @staticmethod
+    def from_json(text: str) -> AdrenalineConfig:
+        """Raises ConfigError on anything that is not a valid configuration."""
+        try:
+            return msgspec.json.decode(text.encode(), type=AdrenalineConfig)
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"{CONFIG_ENV} is not a valid configuration: {error}") from None
+
+    @staticmethod
+    def from_env() -> AdrenalineConfig | None:
+        """The configuration of this process tree, or None where offloading was not asked for."""
+        text = os.environ.get(CONFIG_ENV)
+        return AdrenalineConfig.from_json(text) if text else None
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"--{name} must be {expected}, not {value!r}")
+
+
+def add_cli_args(parser: argparse.ArgumentParser) -> None:
+    """Add the `--adrenaline-*` flags. Their destinations are the field names of `AdrenalineConfig`."""
+    group = parser.add_argument_group("attention offloading")
+    group.add_argument(
+        "--adrenaline-offload-ratio",
+        dest="offload_ratio",
+        type=float,
+        default=0.7,
+        metavar="R",
+        help="share of prompt tokens whose KV stays on the prefill server, 0..1, spread over requests (default 0.7)",
+    )
+    group.add_argument(
+        "--adrenaline-min-offload-tokens",
+        dest="min_offload_tokens",
+        type=int,
+        default=16,
+        metavar="N",
+        help="prompts shorter than this are never offloaded unless the request asks for it (default 16)",
+    )
+    group.add_argument(
+        "--adrenaline-max-pinned-fraction",
+        dest="max_pinned_fraction",
+        type=float,
+        default=0.8,
+        metavar="F",
+        help="most of the prefill KV pool that offloaded requests may pin (default 0.8)",
+    )
+    group.add_argument(
+        "--adrenaline-channel",
+        dest="channel",
+        choices=("auto", "shm"),
+        default="auto",
+        help="data plane between decode and the attention executor (default auto: shm on CPU machines)",
+    )
+    group.add_argument(
+        "--adrenaline-lanes",
+        dest="lanes",
+        type=int,
+        default=128,
+        metavar="N",
+        help="most offloaded requests of one decode server on one prefill server (default 128)",
+    )
+    group.add_argument(
+        "--adrenaline-key-file",
+        dest="key_file",
+        metavar="FILE",
+        help="file with the secret that prefill and decode servers share (the launcher makes one by itself)",
+    )
+    group.add_argument(
+        "--adrenaline-control-host",
+        dest="control_host",
+        default="127.0.0.1",
+        metavar="ADDR",
+        help="address the prefill server's control port binds to (default 127.0.0.1: this host only)",
+    )
+    group.add_argument(
+        "--adrenaline-control-port-offset",
+        dest="control_port_offset",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="control port = bootstrap port + N + TP rank; equal on all servers (default 1000)",
+    )
+    group.add_argument(
+        "--adrenaline-wait-timeout",
+        dest="wait_timeout",
+        type=float,
+        default=8.0,
+        metavar="S",
+        help="longest wait of a decode step for the executor before its offloaded requests fail (default 8)",
+    )
+
+
+def config_from_args(args: argparse.Namespace, role: Role) -> AdrenalineConfig:
+    """Build the configuration of one server from parsed flags. Raises ConfigError."""
+    fields = {name: getattr(args, name) for name in AdrenalineConfig.__struct_fields__ if hasattr(args, name)}
+    return AdrenalineConfig(**(fields | {"role": role}))

@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def activate() -> str | None:
+    return None
