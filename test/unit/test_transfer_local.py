@@ -200,9 +200,9 @@ def test_transfer_to_a_killed_process_fails_even_before_it_is_reaped(engine, cap
     while send() == 0:
         assert time.monotonic() < deadline
     assert "has ended" in caplog.text
-    assert engine.send_probe(target.session_id) != 0
     target.kill()
     assert send() != 0
+    assert engine.send_probe(target.session_id) != 0
 
 
 def test_transfer_to_a_pid_given_to_another_process_is_refused(engine, receiver, caplog):
