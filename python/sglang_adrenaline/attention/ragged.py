@@ -1,0 +1,215 @@
+"""Attention of one query per row over ragged parts of a KV pool, on a CPU, with its lse.
+
+`RaggedPlan` holds all that does not depend on the layer: which slots each row attends to, how rows are grouped, masks.
+The decode side builds one per step, the attention executor one per change of its set of requests. `attend` runs one
+layer. PyTorch's flash kernel does the arithmetic (float32 accumulation for every dtype): the queries of one KV head
+stand in for its query length, so grouped heads cost no copies of KV. Rows of similar length share one padded call;
+a long row whose slots are one ascending run is read in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+
+VIEW_MIN_TOKENS = 192
+"""Shorter rows are cheaper gathered into a common call than attended to in one of their own."""
+MAX_PAD_TOKENS = 64
+"""Most padding a row accepts to share a call: about what a call costs."""
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(slots=True)
+class Scratch:
+    """Buffers for gathered keys and values, kept by their owner across plans. One thread at a time."""
+
+    _buffers: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def get(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialised 1-D tensor of `numel`, valid until the next `get` of that name and dtype."""
+        held = self._buffers.get((name, dtype))
+        if held is None or held.numel() < numel:
+            held = self._buffers[(name, dtype)] = torch.empty(numel + numel // 4, dtype=dtype)
+        return held[:numel]
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """Row `row` attends to slots [start, stop) of the pool."""
+
+    row: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows that share one call over `width` gathered slots each."""
+
+    rows: Tensor | None  # int64 [n]; None = every row, in order
+    count: int
+    width: int
+    slots: Tensor  # int64 [n * width]; padding repeats the last slot
+    mask: Tensor | None  # float32 [n, 1, 1, width], -inf on padding; None = no padding
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedPlan:
+    """Which KV slots each row attends to. Immutable but for its scratch; build with `from_rows` or `from_slots`."""
+
+    num_rows: int
+    num_tokens: int
+    views: tuple[_View, ...]
+    groups: tuple[_Group, ...]
+    has_empty: bool
+    scratch: Scratch
+
+    @staticmethod
+    def from_rows(
+        req_to_token: Tensor, req_pool_indices: Tensor, starts: Tensor, ends: Tensor, *, scratch: Scratch | None = None
+    ) -> RaggedPlan:
+        """Row i attends to positions [starts[i], ends[i]) of request `req_pool_indices[i]`.
+
+        req_to_token      [max_requests, max_context]  int32, CPU
+        req_pool_indices  [rows]                       integer, CPU
+        starts, ends      [rows]                       integer, CPU; starts >= ends = empty
+        """
+        first = starts.numpy().astype(np.int64)
+        lens = np.maximum(ends.numpy().astype(np.int64) - first, 0)
+        offsets = np.cumsum(lens) - lens
+        positions = np.arange(lens.sum()) + np.repeat(first - offsets, lens)
+        flat = req_to_token.numpy()[np.repeat(req_pool_indices.numpy(), lens), positions].astype(np.int64)
+        return _build(flat, lens, scratch or Scratch())
+
+    @staticmethod
+    def from_slots(slots: Sequence[Tensor], *, scratch: Scratch | None = None) -> RaggedPlan:
+        """Row i attends to pool slots `slots[i]` (int64 [n], CPU; may be empty)."""
+        lens = np.array([len(row) for row in slots], dtype=np.int64)
+        flat = np.concatenate([row.numpy().astype(np.int64) for row in slots]) if slots else np.empty(0, np.int64)
+        return _build(flat, lens, scratch or Scratch())
+
+
+def _build(flat: np.ndarray, lens: np.ndarray, scratch: Scratch) -> RaggedPlan:
+    offsets = np.cumsum(lens) - lens
+    # Jumps in the slot numbers, counted from the left: a row is one run if none lies inside it.
+    jumps = np.concatenate(([0], np.cumsum(np.diff(flat) != 1))) if len(flat) else np.zeros(1, np.int64)
+    views, gathered = [], []
+    for row, (offset, length) in enumerate(zip(offsets.tolist(), lens.tolist(), strict=True)):
+        if length == 0:
+            continue
+        if length >= VIEW_MIN_TOKENS and jumps[offset] == jumps[offset + length - 1]:
+            start = int(flat[offset])
+            views.append(_View(row, start, start + length))
+        else:
+            gathered.append(row)
+    gathered.sort(key=lambda row: lens[row], reverse=True)
+    groups, begin = [], 0
+    for end in range(1, len(gathered) + 1):
+        if end == len(gathered) or lens[gathered[begin]] - lens[gathered[end]] > MAX_PAD_TOKENS:
+            groups.append(_group(np.array(sorted(gathered[begin:end])), flat, offsets, lens))
+            begin = end
+    return RaggedPlan(
+        num_rows=len(lens),
+        num_tokens=int(lens.sum()),
+        views=tuple(views),
+        groups=tuple(groups),
+        has_empty=bool((lens == 0).any()),
+        scratch=scratch,
+    )
+
+
+def _group(rows: np.ndarray, flat: np.ndarray, offsets: np.ndarray, lens: np.ndarray) -> _Group:
+    last = lens[rows, None] - 1
+    width = int(last.max()) + 1
+    columns = np.arange(width)
+    slots = flat[offsets[rows, None] + np.minimum(columns, last)]
+    mask = None
+    if last.min() + 1 < width:
+        mask = torch.from_numpy(np.where(columns > last, np.float32(-np.inf), np.float32(0)))[:, None, None, :]
+    return _Group(
+        rows=None if len(rows) == len(lens) else torch.from_numpy(rows),
+        count=len(rows),
+        width=width,
+        slots=torch.from_numpy(slots.reshape(-1)),
+        mask=mask,
+    )
+
+
+def attend(
+    q: Tensor, k_buffer: Tensor, v_buffer: Tensor, plan: RaggedPlan, *, sm_scale: float, logit_cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """One layer: row i of q attends to its slots of the plan.
+
+    q                   [rows, num_qo_heads, head_dim]   fp32/bf16/fp16, CPU
+    k_buffer, v_buffer  [slots, num_kv_heads, head_dim]  CPU, contiguous; cast to q's dtype where it differs
+    logit_cap           c > 0 replaces each score s by c * tanh(s / c)
+
+    Returns (o, lse): o as q, lse [rows, num_qo_heads] float32, base 2. An empty row gives o = 0, lse = -inf.
+    Raises ValueError if q's rows are not the plan's.
+    """
+    num_rows, num_qo_heads, head_dim = q.shape
+    if num_rows != plan.num_rows:
+        raise ValueError(f"q has {num_rows} rows, its plan {plan.num_rows}")
+    num_kv_heads = k_buffer.shape[1]
+    grouped = (num_rows, num_kv_heads, num_qo_heads // num_kv_heads)
+    # Sized by v: some models' values are narrower than their keys.
+    o = q.new_empty((*grouped, v_buffer.shape[2]))
+    lse = torch.empty(grouped, dtype=torch.float32)
+    if plan.has_empty:
+        o.zero_()
+        lse.fill_(-torch.inf)
+    q = q.reshape(*grouped, head_dim)
+    for view in plan.views:
+        row = slice(view.row, view.row + 1)
+        k, v = k_buffer[view.start : view.stop].unsqueeze(0), v_buffer[view.start : view.stop].unsqueeze(0)
+        o[row], lse[row] = _call(q[row], k, v, None, sm_scale, logit_cap)
+    for group in plan.groups:
+        k = _gather(k_buffer, group, plan.scratch, "k")
+        v = _gather(v_buffer, group, plan.scratch, "v")
+        if group.rows is None:
+            o_part, lse_part = _call(q, k, v, group.mask, sm_scale, logit_cap)
+            o.copy_(o_part)
+            lse.copy_(lse_part)
+        else:
+            o[group.rows], lse[group.rows] = _call(q[group.rows], k, v, group.mask, sm_scale, logit_cap)
+    return o.view(num_rows, num_qo_heads, -1), lse.view(num_rows, num_qo_heads).mul_(LOG2_E)
+
+
+def _gather(buffer: Tensor, group: _Group, scratch: Scratch, name: str) -> Tensor:
+    """[count, width, num_kv_heads, head_dim] of the group's slots, in scratch memory."""
+    # index_select on rows copies whole rows; indexing with a tensor copies element by element, four times slower.
+    flat = buffer.view(buffer.shape[0], -1)
+    out = scratch.get(name, group.slots.numel() * flat.shape[1], buffer.dtype).view(-1, flat.shape[1])
+    torch.index_select(flat, 0, group.slots, out=out)
+    return out.view(group.count, group.width, *buffer.shape[1:])
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, logit_cap: float
+) -> tuple[Tensor, Tensor]:
+    """q [n, kv_heads, group, D] over k, v [n, width, kv_heads, D]; mask adds to scores. lse in natural logarithms."""
+    k, v = k.transpose(1, 2).to(q.dtype), v.transpose(1, 2).to(q.dtype)
+    if logit_cap > 0.0 or k.shape[-1] != v.shape[-1]:
+        return _plain(q, k, v, mask, sm_scale, logit_cap)
+    return _flash(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), scale=sm_scale)
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sm_scale: float, logit_cap: float
+) -> tuple[Tensor, Tensor]:
+    """The same in separate operators, for what the flash kernel lacks."""
+    scores = q.float() @ k.float().transpose(-1, -2) * sm_scale
+    if logit_cap > 0.0:
+        scores = logit_cap * torch.tanh(scores / logit_cap)
+    if mask is not None:
+        scores = scores + mask
+    lse_ln = torch.logsumexp(scores, dim=-1)
+    return (torch.exp(scores - lse_ln.unsqueeze(-1)) @ v.float()).to(q.dtype), lse_ln
