@@ -6,6 +6,8 @@ what does not fit raises ControlError. Fields may be added with a default; anyth
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 from typing import Annotated
 
 import msgspec
@@ -79,6 +81,24 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     tp_size: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     page_size: Positive
     lanes_wanted: Annotated[int, msgspec.Meta(ge=1, le=MAX_LANES)]
+
+
+def make_hello(
+    *, instance: str, model: ModelShape, host_id: str, tp_rank: int, tp_size: int, page_size: int, lanes_wanted: int
+) -> Hello:
+    """The HELLO of this process."""
+    return Hello(
+        protocol=PROTOCOL,
+        instance=instance,
+        sglang_version=importlib.metadata.version("sglang"),
+        model=model,
+        host_id=host_id,
+        pid=os.getpid(),
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+        page_size=page_size,
+        lanes_wanted=lanes_wanted,
+    )
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):

@@ -23,12 +23,12 @@ Conventions, stated once for the whole package:
 - Steps count 1, 2, ... per channel; 0 means "before the first step".
 
 How `ipc` (CUDA, a later issue) fits: q rows are stored straight at their lane of a fixed q[lanes, Hq, D] on the
-executor's GPU, the answers come back to o[lanes, Hq, Dv], lse[lanes, Hq] on the decode GPU. `send_q` and `recv` then only
-launch kernels (put-and-signal, wait-and-merge) on the current stream and return tensors that later kernels of this
-stream may read; both can be captured in a CUDA graph, since the flags hold sequence numbers that live in device memory.
-`begin_step` writes the lane table ahead of the graph's launch. `abort` sets a word that the waiting kernels read.
-Nothing in these interfaces blocks on the device, so the executor may launch the graph of a whole step ahead of its first q
-(`wait_call` is then only used to follow the steps).
+executor's GPU, the answers come back to o[lanes, Hq, Dv], lse[lanes, Hq] on the decode GPU. `send_q` and `recv` then
+only launch kernels (put-and-signal, wait-and-merge) on the current stream and return tensors that later kernels of
+this stream may read; both can be captured in a CUDA graph, since the flags hold sequence numbers that live in device
+memory. `begin_step` writes the lane table ahead of the graph's launch. `abort` sets a word that the waiting kernels
+read. Nothing in these interfaces blocks on the device, so the executor may launch the graph of a whole step ahead of
+its first q (`wait_call` is then only used to follow the steps).
 """
 
 from __future__ import annotations

@@ -1,0 +1,213 @@
+"""The memory of a shm channel: layout, creation, opening. No waiting, no protocol.
+
+A segment is an anonymous memfd that prefill creates and decode opens through /proc/PID/fd/FD. It has no name in any
+file system, so nothing is left behind however the processes die: the kernel frees it with the last descriptor and
+mapping. Its size is sealed, so that no peer can truncate it under the other's feet.
+
+Layout, native byte order; u32 words are futexes, each writer has cache lines of its own:
+
+    offset  size        what                                              written by
+    0       <= 512      header: magic, version, sizes, dtype, token       prefill, once
+    512     u32         Q_FLAG: the newest call whose q is complete       decode
+    640     u32         A_FLAG: the newest call that is answered          executor
+    768     u64         STEP: number of the step that the lane table is for   decode
+    776     u64         ROWS: entries of the lane table                   decode
+    784     u64         CLOSED: no q of a step up to this will come       decode
+    896     u64         DECODE_PID: who opened the segment, 0 = nobody    decode, once
+    1024    u32 u32 248 decode's abort word, length and text of the reason    decode, once
+    1280    u32 u32 248 executor's abort word, ...                        executor, once
+    4096    i32[lanes]  lane table                                        decode
+    then, aligned to 128 bytes: q[2, lanes, Hq, D]  o[2, lanes, Hq, Dv]  lse[2, lanes, Hq]
+
+q, o: the shape's dtype, lse float32; first index is the layer's parity, rows are dense in the order of the lane table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import secrets
+import select
+import stat
+import struct
+
+import torch
+
+from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec
+from sglang_adrenaline.errors import ChannelError
+
+Q_FLAG, A_FLAG = 512, 640
+STEP, ROWS, CLOSED = 768, 776, 784
+DECODE_PID = 896
+DECODE_ABORT, EXECUTOR_ABORT = 1024, 1280
+LANE_TABLE = 4096
+
+_MAGIC = b"ADRSHM\x00\x01"
+_VERSION = 1
+_HEADER = struct.Struct("=8sI16s5I16sQ")
+_ALIGN = 128
+_ABORT_TEXT = 248
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class OwnedFd:
+    """A file descriptor that is closed with the last reference to this object."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self.fd)
+
+
+class Segment:
+    """One mapping of a segment. Released with the last reference to it and to the tensors it handed out.
+
+    q [2, lanes, Hq, D], o [2, lanes, Hq, Dv], lse [2, lanes, Hq]: views of the mapping.
+    u32, u64: the mapping's words, indexed by byte offset // 4 and // 8; lane_table: int32 view.
+    """
+
+    def __init__(self, fd: int, shape: ChannelShape, memfd: OwnedFd | None) -> None:
+        self.shape = shape
+        self._memfd = memfd  # the creator keeps it: its number is the channel's address
+        self._pidfd: OwnedFd | None = None
+        self.mapping = mmap.mmap(fd, _total_bytes(shape))
+        self._anchor = ctypes.c_char.from_buffer(self.mapping)
+        self.address = ctypes.addressof(self._anchor)
+        self.u32 = memoryview(self.mapping).cast("I")
+        self.u64 = memoryview(self.mapping).cast("Q")
+        self.lane_table = memoryview(self.mapping)[LANE_TABLE : LANE_TABLE + 4 * shape.lanes].cast("i")
+        q_at, o_at, lse_at, _ = _offsets(shape)
+        dtype = _DTYPES[shape.dtype]
+        self.q = self._tensor(q_at, dtype, shape.num_qo_heads, shape.head_dim)
+        self.o = self._tensor(o_at, dtype, shape.num_qo_heads, shape.v_head_dim)
+        self.lse = self._tensor(lse_at, torch.float32, shape.num_qo_heads)
+
+    def _tensor(self, offset: int, dtype: torch.dtype, *row: int) -> torch.Tensor:
+        full = (2, self.shape.lanes, *row)
+        count = torch.Size(full).numel()
+        return torch.frombuffer(self.mapping, dtype=dtype, count=count, offset=offset).view(full)
+
+    def write_abort(self, where: int, reason: str) -> None:
+        """Leave the reason and then raise the abort word at `where`."""
+        text = reason.encode()[:_ABORT_TEXT]
+        at = where + 8
+        self.mapping[at : at + len(text)] = text
+        self.u32[where // 4 + 1] = len(text)
+        self.u32[where // 4] = 1
+
+    def read_abort(self, where: int) -> str:
+        length = min(self.u32[where // 4 + 1], _ABORT_TEXT)
+        return bytes(self.mapping[where + 8 : where + 8 + length]).decode(errors="replace")
+
+    def watch(self, pid: int) -> None:
+        """From now on `peer_died` tells about process `pid`. Raises ChannelError if it is gone already."""
+        self._pidfd = _open_pidfd(pid)
+
+    def peer_died(self) -> bool:
+        """Whether the watched process has ended (or decode opened the segment and has ended since)."""
+        if self._pidfd is None:
+            pid = self.u64[DECODE_PID // 8]
+            if pid == 0:
+                return False
+            try:
+                self.watch(pid)
+            except ChannelError:
+                return True
+        assert self._pidfd is not None
+        poll = select.poll()
+        poll.register(self._pidfd.fd, select.POLLIN)
+        return bool(poll.poll(0))
+
+
+def create(shape: ChannelShape) -> tuple[Segment, ChannelSpec]:
+    """Make a segment of zeros with its header, and the spec by which another process opens it."""
+    token = secrets.token_hex(16)
+    memfd = OwnedFd(os.memfd_create("sglang-adrenaline", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    try:
+        os.ftruncate(memfd.fd, _total_bytes(shape))
+        fcntl.fcntl(memfd.fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
+        segment = Segment(memfd.fd, shape, memfd)
+    except OSError as error:
+        raise ChannelError(f"cannot make {_total_bytes(shape)} bytes of shared memory: {error}") from None
+    segment.mapping[: _HEADER.size] = _header(shape, token)
+    return segment, ChannelSpec(kind="shm", address=f"{os.getpid()}:{memfd.fd}", token=token, shape=shape)
+
+
+def open_(spec: ChannelSpec) -> Segment:
+    """Map the segment that another process of this user on this host created. Raises ChannelError."""
+    pid, memfd = _parse_address(spec.address)
+    pidfd = _open_pidfd(pid)
+    try:
+        fd = os.open(f"/proc/{pid}/fd/{memfd}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise ChannelError(
+            f"cannot open the shared memory of process {pid}: {error.strerror}; both servers must run on one host, "
+            "in one PID namespace and as one user"
+        ) from None
+    try:
+        _check_file(fd, spec.shape)
+        segment = Segment(fd, spec.shape, None)
+    except (OSError, ValueError) as error:
+        raise ChannelError(f"cannot map the shared memory of process {pid}: {error}") from None
+    finally:
+        os.close(fd)  # mmap keeps a descriptor of its own
+    if segment.mapping[: _HEADER.size] != _header(spec.shape, spec.token):
+        raise ChannelError(f"process {pid} offered another channel than is at its address (stale or another version)")
+    if segment.u64[DECODE_PID // 8]:
+        raise ChannelError(f"the channel is in use by process {segment.u64[DECODE_PID // 8]} already")
+    segment._pidfd = pidfd
+    segment.u64[DECODE_PID // 8] = os.getpid()
+    return segment
+
+
+def _check_file(fd: int, shape: ChannelShape) -> None:
+    status = os.fstat(fd)
+    expected = _total_bytes(shape)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != expected:
+        raise ValueError(f"it has {status.st_size} bytes, a channel of this shape has {expected}")
+    if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+        raise ValueError("its size is not sealed")
+
+
+def _open_pidfd(pid: int) -> OwnedFd:
+    try:
+        return OwnedFd(os.pidfd_open(pid))
+    except OSError as error:
+        raise ChannelError(f"process {pid} is not there: {error.strerror}") from None
+
+
+def _parse_address(address: str) -> tuple[int, int]:
+    pid, _, fd = address.partition(":")
+    if not (pid.isascii() and pid.isdecimal() and fd.isascii() and fd.isdecimal() and len(address) < 32):
+        raise ChannelError(f"the address of a shm channel is PID:FD, not {address!r}")
+    return int(pid), int(fd)
+
+
+def _header(shape: ChannelShape, token: str) -> bytes:
+    sizes = (shape.lanes, shape.num_layers, shape.num_qo_heads, shape.head_dim, shape.v_head_dim)
+    dtype = shape.dtype.encode()
+    return _HEADER.pack(_MAGIC, _VERSION, bytes.fromhex(token), *sizes, dtype, _total_bytes(shape))
+
+
+def _offsets(shape: ChannelShape) -> tuple[int, int, int, int]:
+    """Where q, o, lse and the end are, in bytes."""
+    rows = 2 * shape.lanes * shape.num_qo_heads
+    itemsize = _DTYPES[shape.dtype].itemsize
+    q_at = _aligned(LANE_TABLE + 4 * shape.lanes)
+    o_at = _aligned(q_at + rows * shape.head_dim * itemsize)
+    lse_at = _aligned(o_at + rows * shape.v_head_dim * itemsize)
+    return q_at, o_at, lse_at, _aligned(lse_at + rows * 4)
+
+
+def _total_bytes(shape: ChannelShape) -> int:
+    return _offsets(shape)[3]
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGN) * _ALIGN
