@@ -1,0 +1,62 @@
+"""Ports of a deployment on one host: checks before anything is started, and the choice of free ones."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterable
+
+from sglang_adrenaline.errors import ConfigError
+
+
+def port_number(text: str) -> int:
+    """argparse type of a port. Raises ValueError, which argparse reports, outside 1..65535."""
+    port = int(text)
+    if not 1 <= port <= 65535:
+        raise ValueError(text)
+    return port
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a server could listen on (host, port) now. Raises ConfigError if `host` is no address of this machine."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            return True
+    except socket.gaierror:
+        raise ConfigError(f"--host {host}: no such address") from None
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            return False
+        raise ConfigError(f"--host {host}: cannot listen there: {error.strerror}") from None
+
+
+def check_free(host: str, ports: Iterable[tuple[str, int]]) -> None:
+    """`ports` are (what it is for, port). Raises ConfigError if two are equal or one cannot be had."""
+    owners: dict[int, str] = {}
+    for what, port in ports:
+        if port in owners:
+            raise ConfigError(f"{what} and {owners[port]} cannot both have port {port}")
+        owners[port] = what
+    for port, what in owners.items():
+        if not is_free(host, port):
+            raise ConfigError(f"{what}: port {port} on {host} is in use")
+
+
+def control_port(bootstrap_port: int, offset: int, tp_rank: int = 0) -> int:
+    """Raises ConfigError if the sum is no port."""
+    port = bootstrap_port + offset + tp_rank
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"control port {bootstrap_port} + {offset} + {tp_rank} = {port} is not in 1..65535")
+    return port
+
+
+def choose_bootstrap_port(host: str, first: int, offset: int, taken: set[int]) -> int:
+    """The first port from `first` on that is free together with its control port and not in `taken`."""
+    for port in range(first, min(first + 500, 65536 - max(offset, 0))):
+        pair = {port, control_port(port, offset)}
+        if not pair & taken and all(is_free(host, p) for p in pair):
+            return port
+    raise ConfigError(f"no free pair of bootstrap and control ports from {first} on; give one with --bootstrap-port")

@@ -1,0 +1,208 @@
+"""Starts a deployment, watches its processes without polling, and stops all of them together. The launcher's main."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from sglang_adrenaline import refusals
+from sglang_adrenaline.errors import ConfigError
+from sglang_adrenaline.launcher import stages, warmup
+from sglang_adrenaline.launcher.guard import Guard
+from sglang_adrenaline.launcher.model import check_model_path
+from sglang_adrenaline.launcher.options import Plan, ServerPlan, threads_per_server
+from sglang_adrenaline.launcher.processes import ERROR_PREFIX, Child, start_child, stop_all
+from sglang_adrenaline.launcher.stages import Progress, StartFailed
+
+GRACE_ON_REQUEST_S = 8.0
+"""Time the servers get to end by themselves after Ctrl-C or SIGTERM; a second signal cuts it short."""
+GRACE_ON_FAILURE_S = 2.0
+LOG_LINES = 25
+
+
+class StopRequests:
+    """Ctrl-C, SIGTERM and SIGHUP, counted, and readable as a file descriptor."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for number in self.SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.count += 1
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._write_fd, b"s")
+
+    def came(self) -> bool:
+        return self.count > 0
+
+
+def launch(plan: Plan) -> int:
+    """Run until asked to stop (returns 0) or until something fails (returns 1). Raises ConfigError before starting."""
+    refusals.check_sglang_version()
+    stop = StopRequests()
+    progress = Progress()
+    model_path = _model_path(plan, progress)
+    log_dir = _log_dir(plan)
+    private_dir = Path(tempfile.mkdtemp(prefix="sglang-adrenaline-key-"))  # mkdtemp: for this user only
+    try:
+        deployment = Deployment(plan, model_path, _key_file(plan, private_dir), log_dir, stop, progress)
+        return deployment.run()
+    finally:
+        shutil.rmtree(private_dir, ignore_errors=True)
+
+
+class Deployment:
+    """The children of one launch. Owner of all of them."""
+
+    def __init__(
+        self, plan: Plan, model_path: str | None, key_file: str, log_dir: Path, stop: StopRequests, progress: Progress
+    ) -> None:
+        self._plan = plan
+        self._model_path = model_path
+        self._key_file = key_file
+        self._log_dir = log_dir
+        self._stop = stop
+        self._progress = progress
+        self._children: list[Child] = []
+        self._guard = Guard()
+
+    def run(self) -> int:
+        grace_s = GRACE_ON_FAILURE_S
+        try:
+            if self._start():
+                self._progress("ready", f"{self._url(self._plan.port)} (OpenAI API under /v1), Ctrl-C stops")
+                self._watch()
+            self._progress("stopping", "on request")
+            grace_s = GRACE_ON_REQUEST_S
+            return 0
+        except StartFailed as failure:
+            self._report(failure)
+            return 1
+        finally:
+            self._stop_children(grace_s)
+
+    def _start(self) -> bool:
+        """True once warm; False if a stop was asked for. Raises StartFailed."""
+        deadline = time.monotonic() + self._plan.startup_timeout
+        servers = [self._start_server(server) for server in self._plan.servers]
+        if not stages.wait_for(servers, self._progress, deadline, self._stop.came):
+            return False
+        router = self._start_router()
+        if not stages.wait_for([router], self._progress, deadline, self._stop.came):
+            return False
+        for server in self._plan.of_role("decode"):
+            warmup.run(self._url(self._plan.port), self._url(server.port), self._plan.api_key, self._progress)
+        return not self._stop.came()
+
+    def _start_server(self, server: ServerPlan) -> stages.Starting:
+        argv = ["-m", "sglang_adrenaline.launch_server", *server.argv, "--adrenaline-key-file", self._key_file]
+        if self._model_path is not None:
+            argv += ["--model-path", self._model_path]
+        env = {}
+        if "OMP_NUM_THREADS" not in os.environ:
+            env["OMP_NUM_THREADS"] = str(threads_per_server(len(self._plan.servers)))
+        return stages.server_stages(self._start_child(server.name, argv, env), self._client_host, server.port)
+
+    def _start_router(self) -> stages.Starting:
+        argv = ["-m", "sglang_adrenaline.router", "--host", self._plan.host, "--port", str(self._plan.port)]
+        for server in self._plan.of_role("prefill"):
+            argv += ["--prefill", self._url(server.port), str(server.bootstrap_port)]
+        for server in self._plan.of_role("decode"):
+            argv += ["--decode", self._url(server.port)]
+        return stages.router_stages(self._start_child("router", argv, {}), self._client_host, self._plan.port)
+
+    def _start_child(self, name: str, argv: list[str], env: dict[str, str]) -> Child:
+        child = start_child(name, argv, self._log_dir / f"{name}.log", env)
+        self._guard.watch(child.group)
+        self._children.append(child)
+        return child
+
+    def _watch(self) -> None:
+        """Sleep until a stop is asked for (returns) or a child ends (raises StartFailed)."""
+        with contextlib.ExitStack() as stack:
+            poll = select.poll()
+            poll.register(self._stop.fd, select.POLLIN)
+            for child in self._children:
+                with contextlib.suppress(ProcessLookupError):
+                    fd = os.pidfd_open(child.process.pid)
+                    stack.callback(os.close, fd)
+                    poll.register(fd, select.POLLIN)
+            while not self._stop.came():
+                for child in self._children:
+                    if not child.is_alive():
+                        raise StartFailed(f"{child.name} {child.fate()}", child)
+                poll.poll()
+
+    def _report(self, failure: StartFailed) -> None:
+        """The end of the log of the child to blame, then the one line that says what happened."""
+        child = failure.child
+        message = str(failure)
+        if child is not None:
+            told = child.error_line()
+            if told is not None:
+                message = f"{child.name}: {told}"
+            else:
+                print(f"--- end of {child.log}", *child.log_tail(LOG_LINES), "---", sep="\n", file=sys.stderr)
+        logs = f" (logs: {self._log_dir})"
+        print(f"{ERROR_PREFIX}{message}{logs}", file=sys.stderr, flush=True)
+
+    def _stop_children(self, grace_s: float) -> None:
+        asked_before = self._stop.count
+        # A signal that comes while we are stopping means: now.
+        stuck = stop_all(self._children[::-1], grace_s, lambda: self._stop.count > asked_before)
+        if stuck:
+            self._progress("stopping", f"could not end {', '.join(stuck)}")
+        else:
+            self._guard.dismiss()
+
+    @property
+    def _client_host(self) -> str:
+        """Where this host's own clients reach the servers."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._plan.host, self._plan.host)
+
+    def _url(self, port: int) -> str:
+        host = self._client_host
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _model_path(plan: Plan, progress: Progress) -> str | None:
+    if plan.model_path is not None:
+        check_model_path(plan.model_path)
+        return plan.model_path
+    if plan.names_model_elsewhere:
+        return None
+    from sglang_adrenaline.demo_model import ensure_demo_model
+
+    return str(ensure_demo_model(progress=lambda text: progress("model", text)))
+
+
+def _log_dir(plan: Plan) -> Path:
+    if plan.log_dir is None:
+        return Path(tempfile.mkdtemp(prefix="sglang-adrenaline-"))
+    try:
+        Path(plan.log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--log-dir {plan.log_dir}: {error.strerror}") from None
+    return Path(plan.log_dir)
+
+
+def _key_file(plan: Plan, private_dir: Path) -> str:
+    from sglang_adrenaline import keys
+
+    if plan.key_file is not None:
+        keys.load_key_file(plan.key_file)
+        return plan.key_file
+    path = private_dir / "adrenaline.key"
+    keys.create_key_file(path)
+    return str(path)

@@ -1,0 +1,1 @@
+"""HTTP router: pairs each request with a prefill and a decode server and relays the answer, without changing bodies."""

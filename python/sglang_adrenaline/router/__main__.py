@@ -1,0 +1,65 @@
+"""`python -m sglang_adrenaline.router`: run the router by itself, in front of prefill and decode servers anywhere."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from aiohttp import web
+
+from sglang_adrenaline.errors import AdrenalineError, ConfigError
+from sglang_adrenaline.launcher.ports import check_free, port_number
+from sglang_adrenaline.launcher.processes import ERROR_PREFIX, die_with_launcher
+from sglang_adrenaline.router.app import Settings, create_app
+from sglang_adrenaline.router.servers import Server
+
+
+def parse(argv: list[str]) -> tuple[str, int, Settings]:
+    parser = argparse.ArgumentParser(prog="python -m sglang_adrenaline.router", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", type=port_number, default=30000, help="port to listen on (default 30000)")
+    parser.add_argument(
+        "--prefill",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("URL", "BOOTSTRAP_PORT"),
+        help="a prefill server; may be given more than once",
+    )
+    parser.add_argument(
+        "--decode", action="append", required=True, metavar="URL", help="a decode server; may be given more than once"
+    )
+    parser.add_argument(
+        "--request-timeout", type=float, default=1800.0, metavar="S", help="longest life of a request (default 1800)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        prefill = tuple(Server(url.rstrip("/"), port_number(port)) for url, port in args.prefill)
+    except ValueError as error:
+        raise ConfigError(f"--prefill: {error} is not a port") from None
+    decode = tuple(Server(url.rstrip("/")) for url in args.decode)
+    for server in (*prefill, *decode):
+        if not server.url.startswith(("http://", "https://")) or not server.host:
+            raise ConfigError(f"{server.url!r} is not the URL of a server")
+    check_free(args.host, [("--port", args.port)])
+    return args.host, args.port, Settings(prefill, decode, args.request_timeout)
+
+
+def main(argv: list[str]) -> int:
+    die_with_launcher()
+    try:
+        host, port, settings = parse(argv)
+    except AdrenalineError as error:
+        print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
+        return 1
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    # handler_cancellation: a client that leaves cancels its handler, which closes the connections to both servers.
+    web.run_app(
+        create_app(settings), host=host, port=port, handler_cancellation=True, shutdown_timeout=1.0, access_log=None
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

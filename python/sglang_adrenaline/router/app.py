@@ -1,0 +1,154 @@
+"""The router's HTTP interface: which path goes where.
+
+One event loop, one thread. Servers are not polled: a server that cannot be reached is found out by the request that
+needed it, and used again by the next one, so an idle deployment stays idle and a restarted server is back at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from sglang_adrenaline.router.relay import Relay, error_response, forwarded_headers
+from sglang_adrenaline.router.servers import Pair, Pool, Server
+
+GENERATION = ("/generate", "/v1/chat/completions", "/v1/completions")
+ONE_SERVER = ("/v1/models", "/v1/models/{name}", "/model_info", "/get_model_info", "/tokenize", "/detokenize")
+ONE_SERVER_V1 = ("/v1/tokenize", "/v1/detokenize")
+"""Answered by decode alone: all servers would say the same."""
+ALL_SERVERS = ("/flush_cache", "/abort_request", "/pause_generation", "/continue_generation", "/health_generate")
+ALL_SERVERS_PROFILING = ("/start_profile", "/stop_profile", "/slow_down", "/configure_logging")
+"""Sent to every server; the answer is the first failure, else decode's."""
+
+PROBE_TIMEOUT_S = 3.0
+MAX_BODY_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    prefill: Sequence[Server]
+    decode: Sequence[Server]
+    request_timeout_s: float
+
+
+class Router:
+    """Handlers and what they share. `create_app` wires it to paths."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._prefill = Pool(settings.prefill)
+        self._decode = Pool(settings.decode)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def lifetime(self, app: web.Application) -> Any:
+        timeout = aiohttp.ClientTimeout(total=self._settings.request_timeout_s, sock_connect=5.0)
+        # No connection is reused: a kept one to a server that was restarted would fail a good request.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
+            self._session = session
+            yield
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        assert self._session is not None
+        return self._session
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        try:
+            body = msgspec.json.decode(await request.read())
+        except msgspec.DecodeError as error:
+            return error_response(400, f"the request body is not valid JSON: {error}")
+        if not isinstance(body, dict):
+            return error_response(400, "the request body must be a JSON object")
+        pair = Pair(self._prefill.choose(), self._decode.choose())
+        with pair.busy():
+            return await Relay(self.session, pair, request, body).run()
+
+    async def one_server(self, request: web.Request) -> web.StreamResponse:
+        return await self._forward(request, self._decode.choose(), await request.read())
+
+    async def all_servers(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        servers = [*self._settings.decode, *self._settings.prefill]
+        answers = await asyncio.gather(*(self._forward(request, server, body) for server in servers))
+        return next((answer for answer in answers if answer.status >= 400), answers[0])
+
+    async def health(self, request: web.Request) -> web.StreamResponse:
+        """200 while a prefill and a decode server answer; 503 with the state of each otherwise. Costs them nothing."""
+        alive = await asyncio.gather(*(self._is_alive(request, s) for s in self._servers))
+        state = {server.url: ok for server, ok in zip(self._servers, alive, strict=True)}
+        ok = all(any(state[s.url] for s in group) for group in (self._settings.prefill, self._settings.decode))
+        return web.json_response({"healthy": ok, "servers": state}, status=200 if ok else 503)
+
+    async def server_info(self, request: web.Request) -> web.StreamResponse:
+        return await self._collect(request, "/server_info")
+
+    async def status(self, request: web.Request) -> web.StreamResponse:
+        return await self._collect(request, "/adrenaline/status")
+
+    async def unknown(self, request: web.Request) -> web.StreamResponse:
+        return error_response(404, f"the router does not serve {request.path}; ask a prefill or decode server itself")
+
+    @property
+    def _servers(self) -> list[Server]:
+        return [*self._settings.prefill, *self._settings.decode]
+
+    async def _forward(self, request: web.Request, server: Server, body: bytes) -> web.Response:
+        headers = forwarded_headers(request.headers)
+        if content_type := request.headers.get("Content-Type"):
+            headers["Content-Type"] = content_type
+        try:
+            url = server.url + request.path_qs
+            async with self.session.request(request.method, url, data=body or None, headers=headers) as answer:
+                kind = answer.headers.get("Content-Type", "text/plain")
+                return web.Response(status=answer.status, body=await answer.read(), headers={"Content-Type": kind})
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            return error_response(502, f"server {server.url} failed: {error or type(error).__name__}")
+
+    async def _is_alive(self, request: web.Request, server: Server) -> bool:
+        try:
+            timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+            headers = forwarded_headers(request.headers)
+            async with self.session.get(server.url + "/model_info", headers=headers, timeout=timeout) as answer:
+                return answer.status < 500
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+
+    async def _collect(self, request: web.Request, path: str) -> web.StreamResponse:
+        """{"prefill": [...], "decode": [...]}, each server's JSON, or {"error": ...} for one that does not answer."""
+
+        async def ask(server: Server) -> Any:
+            try:
+                headers = forwarded_headers(request.headers)
+                async with self.session.get(server.url + path, headers=headers) as answer:
+                    return msgspec.json.decode(await answer.read())
+            except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError) as error:
+                return {"url": server.url, "error": str(error) or type(error).__name__}
+
+        prefill, decode = self._settings.prefill, self._settings.decode
+        answers = await asyncio.gather(*map(ask, [*prefill, *decode]))
+        return web.json_response({"prefill": answers[: len(prefill)], "decode": answers[len(prefill) :]})
+
+
+def create_app(settings: Settings) -> web.Application:
+    router = Router(settings)
+    app = web.Application(client_max_size=MAX_BODY_BYTES)
+    app.cleanup_ctx.append(router.lifetime)
+    app.router.add_get("/health", router.health)
+    app.router.add_get("/adrenaline/status", router.status)
+    for path in ("/server_info", "/get_server_info"):
+        app.router.add_get(path, router.server_info)
+    for path in GENERATION:
+        app.router.add_post(path, router.generate)
+    for path in (*ONE_SERVER, *ONE_SERVER_V1):
+        app.router.add_route("*", path, router.one_server)
+    for path in (*ALL_SERVERS, *ALL_SERVERS_PROFILING):
+        app.router.add_route("*", path, router.all_servers)
+    app.router.add_route("*", "/{path:.*}", router.unknown)
+    return app
