@@ -1,0 +1,240 @@
+"""The only reader of SGLang's private fields: accessors for what we need of its scheduler, requests and radix tree.
+
+A new SGLang version should be a matter of this module and of the table in `hooks.py`. Nothing here keeps state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from sglang_adrenaline.errors import HookError
+
+SUPPORTED_SGLANG = ("0.5.17",)
+
+Scheduler = Any
+Req = Any
+
+
+def check_version() -> None:
+    """Raise HookError, one line, if the installed SGLang is not one we know."""
+    installed = version("sglang")
+    if installed not in SUPPORTED_SGLANG:
+        raise HookError(f"SGLang {installed} is not supported; install sglang=={SUPPORTED_SGLANG[-1]}")
+
+
+# ---- requests -----------------------------------------------------------------------------------------------------
+
+
+def room(req: Req) -> int | None:
+    return req.bootstrap_room
+
+
+def row(req: Req) -> int | None:
+    """Row of the request in req_to_token, or None while it has none."""
+    return req.req_pool_idx
+
+
+def prompt_len(req: Req) -> int:
+    return len(req.origin_input_ids)
+
+
+def num_output_tokens(req: Req) -> int:
+    return len(req.output_ids)
+
+
+def custom_params(req: Req) -> dict[str, Any] | None:
+    return req.sampling_params.custom_params
+
+
+def is_warmup(req: Req) -> bool:
+    """Health checks and SGLang's own warm-up go to a bootstrap host that does not exist."""
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
+    return req.bootstrap_host is None or req.bootstrap_host == FAKE_BOOTSTRAP_HOST
+
+
+def bootstrap_address(req: Req) -> tuple[str, int]:
+    return req.bootstrap_host, int(req.bootstrap_port)
+
+
+def finish_with_error(req: Req, message: str) -> None:
+    """Let a request that has a KV row end with an error at the next result processing.
+
+    Tokens that are appended after this call are not shown to the client.
+    """
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    if req.finished():
+        return
+    req.finished_len = len(req.output_ids)
+    req.to_finish = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+
+
+def abort_retracted(scheduler: Scheduler, req: Req, message: str) -> None:
+    """End a retracted request, which has neither a row nor a place in a batch, with an error to its client."""
+    from sglang.srt.disaggregation.utils import prepare_abort
+
+    queue = scheduler.disagg_decode_prealloc_queue
+    queue.retracted_queue = [r for r in queue.retracted_queue if r is not req]
+    if hasattr(req, "kv_cache_cpu"):
+        del req.kv_cache_cpu
+    prepare_abort(req, message, status_code=HTTPStatus.INTERNAL_SERVER_ERROR)
+    scheduler.output_streamer.stream_output([req], req.return_logprob)
+
+
+def is_retracted_and_waiting(scheduler: Scheduler, req: Req) -> bool:
+    queue = scheduler.disagg_decode_prealloc_queue
+    return any(r is req for r in queue.retracted_queue) or any(r is req for r in queue.held_rebootstrap_reqs)
+
+
+# ---- radix tree of the prefill side -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TreeLock:
+    """What `unlock_prefix` needs to undo `lock_prefix`."""
+
+    node: Any
+    params: Any
+
+
+def lock_prefix(scheduler: Scheduler, req: Req, length: int) -> tuple[torch.Tensor, TreeLock] | None:
+    """Lock the first `length` prompt tokens of `req` in the radix tree.
+
+    Returns their KV slots (int64 [length]) and the lock, or None if the tree does not hold all of them.
+    """
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    tree = scheduler.tree_cache
+    match = tree.match_prefix(MatchPrefixParams(key=RadixKey(req.origin_input_ids[:length], req.extra_key)))
+    if len(match.device_indices) != length:
+        return None
+    lock = tree.inc_lock_ref(match.last_device_node)
+    return match.device_indices, TreeLock(match.last_device_node, lock.to_dec_params())
+
+
+def unlock_prefix(scheduler: Scheduler, lock: TreeLock) -> None:
+    scheduler.tree_cache.dec_lock_ref(lock.node, lock.params)
+
+
+# ---- pools and model ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """tokens: size of the KV pool; num_slots: rows of its tensors; rows: rows of req_to_token."""
+
+    tokens: int
+    num_slots: int
+    page_size: int
+    rows: int
+
+
+def pool_shape(scheduler: Scheduler) -> PoolShape:
+    allocator = scheduler.token_to_kv_pool_allocator
+    return PoolShape(
+        tokens=allocator.size,
+        num_slots=kv_buffers(scheduler)[0][0].shape[0],
+        page_size=allocator.page_size,
+        rows=scheduler.req_to_token_pool.req_to_token.shape[0],
+    )
+
+
+def pool_free_tokens(scheduler: Scheduler) -> int:
+    """Tokens a new request could get: free slots plus what the radix tree may evict."""
+    return scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
+
+
+def kv_buffers(scheduler: Scheduler) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(k, v) [num_slots, num_kv_heads, head_dim] of each layer, in place."""
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    return list(zip(pool.k_buffer, pool.v_buffer, strict=True))
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """What one attention layer computes with, per rank."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    sm_scale: float
+    logit_cap: float
+
+
+def attention_layers(model_runner: Any) -> list[AttentionLayer]:
+    """The model's attention layers in order of layer id."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    layers = [m for m in model_runner.model.modules() if isinstance(m, RadixAttention)]
+    layers.sort(key=lambda m: m.layer_id)
+    return [
+        AttentionLayer(
+            num_qo_heads=m.tp_q_head_num,
+            num_kv_heads=m.tp_k_head_num,
+            head_dim=m.qk_head_dim,
+            v_head_dim=m.v_head_dim,
+            sm_scale=float(m.scaling),
+            logit_cap=float(m.logit_cap or 0.0),
+        )
+        for m in layers
+    ]
+
+
+def model_runner(scheduler: Scheduler) -> Any:
+    return scheduler.tp_worker.model_runner
+
+
+def model_dtype(scheduler: Scheduler) -> str:
+    return str(model_runner(scheduler).dtype).removeprefix("torch.")
+
+
+def model_fingerprint(scheduler: Scheduler) -> str:
+    """Hash over a sample of every weight, so that two servers with different weights never pair up."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model_runner(scheduler).model.named_parameters():
+        sample = parameter.detach().reshape(-1)[:32].to(torch.float32).cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- scheduler ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rank:
+    tp_rank: int
+    tp_size: int
+
+
+def rank(scheduler: Scheduler) -> Rank:
+    return Rank(scheduler.ps.tp_rank, scheduler.ps.tp_size)
+
+
+def is_overlap(scheduler: Scheduler) -> bool:
+    return bool(scheduler.enable_overlap)
+
+
+def running_requests(scheduler: Scheduler) -> Sequence[Req]:
+    return scheduler.running_batch.reqs
+
+
+def is_fully_idle(scheduler: Scheduler) -> bool:
+    return scheduler.is_fully_idle()
+
+
+def metrics_enabled(scheduler: Scheduler) -> bool:
+    return bool(scheduler.server_args.enable_metrics)
+
+
+def bootstrap_port(scheduler: Scheduler) -> int:
+    return int(scheduler.server_args.disaggregation_bootstrap_port)

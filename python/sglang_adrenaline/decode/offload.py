@@ -1,0 +1,67 @@
+"""One offloaded request as the decode side sees it, and the states it goes through."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sglang_adrenaline.decode.links import Link
+
+
+class OffloadState(enum.Enum):
+    CONNECTING = "connecting"
+    """The prefill side's control plane is not up yet; the request waits a little before it is served locally."""
+    OFFERED = "offered"
+    """Prefill was asked to keep the prefix."""
+    ACCEPTED = "accepted"
+    """Prefill will keep it: KV of the prefix is neither transferred nor allocated here."""
+    READY = "ready"
+    """Prefill computed and pinned it; the lane is known."""
+    LOCAL = "local"
+    """Not offloaded after all: stock behaviour from here on."""
+    FAILED = "failed"
+    """Accepted, then lost: the request ends with `failure`."""
+
+
+@dataclass
+class Offload:
+    """Written by the control thread (state, lane, failure) and the scheduler thread (the rest)."""
+
+    req: Any
+    room: int
+    address: tuple[str, int]
+    """Bootstrap host and port of the prefill instance."""
+    remote_prefix_len: int
+    prompt_len: int
+    created_at: float
+    """Seconds, monotonic."""
+    forced: bool
+    """The request itself asked for the split."""
+    state: OffloadState = OffloadState.CONNECTING
+    link: Link | None = None
+    """The connection that the offer went over; a reconnected peer is another link."""
+    lane: int = -1
+    failure: str = ""
+    transferred_at: float = 0.0
+    """When the KV transfer was first seen to be done; seconds, monotonic, 0 = not yet."""
+    retracting: bool = False
+    """The row is released for a retraction, not for good."""
+    ended: bool = field(default=False)
+
+    @property
+    def undecided(self) -> bool:
+        return self.state in (OffloadState.CONNECTING, OffloadState.OFFERED)
+
+    @property
+    def is_remote(self) -> bool:
+        return self.state in (OffloadState.ACCEPTED, OffloadState.READY, OffloadState.FAILED)
+
+    def fail(self, reason: str) -> None:
+        """Before the decision the request can still be served locally; after it, its KV is gone."""
+        if self.undecided:
+            self.state = OffloadState.LOCAL
+        elif self.state in (OffloadState.ACCEPTED, OffloadState.READY):
+            self.failure = reason
+            self.state = OffloadState.FAILED

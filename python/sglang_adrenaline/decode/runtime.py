@@ -1,0 +1,325 @@
+"""What the decode server adds to SGLang's scheduler: which requests are offloaded, to where, and how each of them ends.
+
+Lives in the decode scheduler's process. Messages of prefill instances arrive in control threads, which only change the
+state of an `Offload`; everything that touches requests, rows or pools happens in the scheduler thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections import Counter
+from typing import Any
+
+from sglang_adrenaline import compat, messages, policy
+from sglang_adrenaline.config import AdrenalineConfig
+from sglang_adrenaline.decode.links import Address, Link, LinkIndex, Peer
+from sglang_adrenaline.decode.offload import Offload, OffloadState
+from sglang_adrenaline.decode.table import NO_LINK, OffloadTable
+from sglang_adrenaline.keys import load_key_file
+from sglang_adrenaline.model_shape import host_id, local_model_shape
+
+logger = logging.getLogger(__name__)
+
+CONNECT_WAIT_S = 2.0
+"""How long the first requests of a new prefill instance wait for its control plane before they are served locally."""
+FORCED_CONNECT_WAIT_S = 10.0
+"""The same for a request that names its split."""
+OFFER_WAIT_S = 5.0
+READY_WAIT_S = 10.0
+"""Between the arrival of the transfer and the word that the prefix is pinned."""
+
+
+class DecodeRuntime:
+    """One a decode scheduler process."""
+
+    def __init__(self, config: AdrenalineConfig) -> None:
+        self.config = config
+        self.instance = uuid.uuid4().hex
+        self.table: OffloadTable | None = None
+        self._steps_gone = 0
+        self._wait_gone_s = 0.0
+        self.offloaded_total = 0
+        self.local_total = 0
+        self.failed_total = 0
+        self.nacks: Counter[str] = Counter()
+        self._scheduler: Any = None
+        self._policy = policy.State()
+        self._settings: policy.Settings | None = None
+        self._keys = load_key_file(config.key_file) if config.key_file else None
+        self._peers: dict[Address, Peer] = {}
+        self._links: dict[int, Link] = {}
+        self._new_index = LinkIndex()
+        self._offloads: dict[int, Offload] = {}
+        """By room; every one that is not over."""
+
+    # ---- start ------------------------------------------------------------------------------------------------------
+
+    def attach_backend(self, num_rows: int) -> OffloadTable:
+        """Called when the attention backend is built, before the scheduler exists."""
+        self.table = OffloadTable(num_rows)
+        return self.table
+
+    def attach_scheduler(self, scheduler: Any) -> None:
+        pool = compat.pool_shape(scheduler)
+        assert self.table is not None and self.table.num_rows == pool.rows, (self.table, pool)
+        self._scheduler = scheduler
+        self._settings = policy.Settings(self.config.offload_ratio, self.config.min_offload_tokens, pool.page_size)
+        self._shape = local_model_shape(scheduler)
+        self._rank = compat.rank(scheduler)
+        self._page_size = pool.page_size
+
+    def _hello(self) -> messages.Hello:
+        return messages.make_hello(
+            instance=self.instance,
+            model=self._shape,
+            host_id=host_id(),
+            tp_rank=self._rank.tp_rank,
+            tp_size=self._rank.tp_size,
+            page_size=self._page_size,
+            lanes_wanted=self.config.lanes,
+        )
+
+    # ---- a request's way to being remote (scheduler thread) ---------------------------------------------------------
+
+    def consider(self, req: Any) -> Offload | None:
+        """Decide about a new request; None means that it is local and stays so."""
+        if compat.is_warmup(req) or compat.room(req) is None:
+            return None
+        room, length = compat.room(req), compat.prompt_len(req)
+        assert self._settings is not None
+        wish = policy.requested_prefix_len(compat.custom_params(req), length)
+        remote, self._policy = policy.decide(self._policy, length, wish, self._settings)
+        if remote == 0 or self._keys is None or room in self._offloads:
+            self.local_total += 1
+            return None
+        address = compat.bootstrap_address(req)
+        offload = Offload(
+            req=req,
+            room=room,
+            address=address,
+            remote_prefix_len=remote,
+            prompt_len=length,
+            created_at=time.monotonic(),
+            forced=wish is not None,
+        )
+        self._offloads[room] = offload
+        self._peer(address)
+        self.advance(offload)
+        return offload
+
+    def _peer(self, address: Address) -> Peer:
+        peer = self._peers.get(address)
+        if peer is None:
+            assert self._keys is not None
+            peer = self._peers[address] = Peer(
+                address,
+                address[1] + self.config.control_port_offset + self._rank.tp_rank,
+                self.config,
+                self._keys,
+                hello=self._hello,
+                new_index=self._new_index,
+                on_message=self._on_message,
+                on_lost=self._on_lost,
+            )
+        return peer
+
+    def advance(self, offload: Offload) -> None:
+        """Called at every poll of the request while its transfer is being prepared or under way."""
+        now = time.monotonic()
+        if offload.state is OffloadState.CONNECTING:
+            peer = self._peers[offload.address]
+            if peer.link is not None:
+                self._offer(offload, peer.link)
+            elif peer.refused:
+                self._stay_local(offload, "refused")
+            elif now - offload.created_at > (FORCED_CONNECT_WAIT_S if offload.forced else CONNECT_WAIT_S):
+                self._stay_local(offload, "unreachable")
+        elif offload.state is OffloadState.OFFERED and now - offload.created_at > OFFER_WAIT_S:
+            assert offload.link is not None
+            offload.link.send(messages.End(room=offload.room, last_step=0))
+            self._stay_local(offload, "no_answer")
+        if offload.state is OffloadState.LOCAL and offload.room in self._offloads:
+            # The control thread refused it.
+            self.local_total += 1
+            del self._offloads[offload.room]
+
+    def _offer(self, offload: Offload, link: Link) -> None:
+        offload.link = link
+        offload.state = OffloadState.OFFERED
+        offload.created_at = time.monotonic()
+        self._links[link.index] = link
+        link.send(
+            messages.Offer(
+                room=offload.room, remote_prefix_len=offload.remote_prefix_len, prompt_len=offload.prompt_len
+            )
+        )
+
+    def _stay_local(self, offload: Offload, reason: str) -> None:
+        self.nacks[reason] += 1
+        offload.state = OffloadState.LOCAL
+
+    def of(self, req: Any) -> Offload | None:
+        """The offload of a request that is remote; None for local ones."""
+        offload = self._offloads.get(compat.room(req)) if compat.room(req) is not None else None
+        return offload if offload is not None and offload.req is req and offload.is_remote else None
+
+    def on_row(self, req: Any) -> None:
+        """The request got its row of req_to_token."""
+        offload, row = self.of(req), compat.row(req)
+        assert self.table is not None and row is not None
+        if offload is None:
+            self.table.clear(row)
+            return
+        link = offload.link
+        assert link is not None
+        # The lane is known at READY at the latest, before the request joins a batch.
+        self.table.set(row, remote_len=offload.remote_prefix_len, link=link.index, lane=max(offload.lane, 0))
+        if offload.state is OffloadState.FAILED:
+            self._fail_now(offload)
+
+    def await_ready(self, offload: Offload) -> None:
+        """The transfer is done, the word that the prefix is pinned is missing: it may not stay so for long."""
+        now = time.monotonic()
+        offload.transferred_at = offload.transferred_at or now
+        if now - offload.transferred_at > READY_WAIT_S:
+            offload.fail(f"prefill {offload.address[0]}:{offload.address[1]} did not pin the prompt's KV in time")
+
+    def on_transferred(self, offload: Offload) -> None:
+        """The request has all it needs to decode."""
+        row = compat.row(offload.req)
+        assert self.table is not None and row is not None and offload.link is not None
+        self.table.set(row, remote_len=offload.remote_prefix_len, link=offload.link.index, lane=offload.lane)
+
+    # ---- a request's end (scheduler thread) -------------------------------------------------------------------------
+
+    def before_release(self, req: Any) -> None:
+        """The request's row is about to be freed."""
+        offload, row = self.of(req), compat.row(req)
+        if row is not None and self.table is not None:
+            self.table.clear(row)
+        if offload is not None and not offload.retracting:
+            self.end(offload)
+
+    def end(self, offload: Offload) -> None:
+        if offload.ended:
+            return
+        offload.ended = True
+        self._offloads.pop(offload.room, None)
+        if offload.link is not None and offload.state is not OffloadState.LOCAL:
+            offload.link.send(messages.End(room=offload.room, last_step=offload.link.channel.steps))
+        if offload.state is OffloadState.FAILED:
+            self.failed_total += 1
+        elif offload.state is OffloadState.READY:
+            self.offloaded_total += 1
+        else:
+            self.local_total += 1
+
+    def retracting(self, req: Any) -> Any:
+        """Marks the release of the row as one that keeps the prefix pinned; returns what `retracted` needs."""
+        offload = self.of(req)
+        if offload is not None:
+            offload.retracting = True
+        return offload
+
+    def pump(self) -> None:
+        """Once a scheduler loop, before the queues are looked at."""
+        for offload in list(self._offloads.values()):
+            if offload.state is OffloadState.FAILED:
+                self._fail_now(offload)
+            elif offload.retracting and compat.row(offload.req) is None:
+                if not compat.is_retracted_and_waiting(self._scheduler, offload.req):
+                    offload.retracting = False  # aborted while it was retracted
+                    self.end(offload)
+            elif offload.retracting:
+                offload.retracting = False  # resumed
+        if len(self._links) > len(self._peers):
+            used = {o.link.index for o in self._offloads.values() if o.link is not None}
+            for index, link in list(self._links.items()):
+                if not link.alive and index not in used:
+                    self._wait_gone_s += link.channel.exposed_wait_s
+                    self._steps_gone += link.channel.steps
+                    link.channel.close()
+                    del self._links[index]
+
+    def _fail_now(self, offload: Offload) -> None:
+        """Let a request whose prefix is gone end with the reason, wherever it is."""
+        req, row = offload.req, compat.row(offload.req)
+        if row is not None:
+            assert self.table is not None
+            if self.table.link[row] != NO_LINK:
+                self.table.disconnect(row)
+            compat.finish_with_error(req, offload.failure)
+        elif offload.retracting and compat.is_retracted_and_waiting(self._scheduler, req):
+            compat.abort_retracted(self._scheduler, req, offload.failure)
+            self.end(offload)
+
+    # ---- steps (scheduler thread, inside the forward pass) ----------------------------------------------------------
+
+    def link(self, index: int) -> Link:
+        return self._links[index]
+
+    def step_failed(self, link: Link, reason: str) -> None:
+        """A step could not be finished with this link: what depends on it ends; the tokens of the step do not count."""
+        link.close(reason)
+        link.peer.client.reconnect(reason)
+        self._on_lost(link, reason)
+        for offload in list(self._offloads.values()):
+            if offload.link is link and offload.state is OffloadState.FAILED:
+                self._fail_now(offload)
+
+    # ---- control threads --------------------------------------------------------------------------------------------
+
+    def _on_message(self, link: Link, message: Any) -> None:
+        offload = self._offloads.get(getattr(message, "room", -1))
+        if offload is None or offload.link is not link:
+            return
+        match message:
+            case messages.Accept():
+                if offload.state is OffloadState.OFFERED:
+                    offload.state = OffloadState.ACCEPTED
+            case messages.Ready(lane=lane):
+                if offload.state is OffloadState.ACCEPTED:
+                    offload.lane = lane
+                    offload.state = OffloadState.READY
+            case messages.Nack(reason=reason, detail=detail):
+                self.nacks[reason] += 1
+                offload.fail(f"{link.peer.name} cannot keep the prompt's KV ({reason}): {detail}")
+
+    def _on_lost(self, link: Link, reason: str) -> None:
+        for offload in list(self._offloads.values()):
+            if offload.link is link:
+                offload.fail(f"{link.peer.name} held the prompt's KV and was lost: {reason}")
+
+    # ---- reports ----------------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """What `GET /adrenaline/status` shows. Scheduler thread."""
+        channels = [link.channel for link in self._links.values()]
+        steps = self._steps_gone + sum(channel.steps for channel in channels)
+        wait_s = self._wait_gone_s + sum(channel.exposed_wait_s for channel in channels)
+        running = compat.running_requests(self._scheduler)
+        remote = [offload for offload in self._offloads.values() if offload.is_remote]
+        num_remote = sum(self.of(req) is not None for req in running)
+        return {
+            "role": "decode",
+            "instance": self.instance,
+            "offload_ratio": self.config.offload_ratio,
+            "peers": [peer.status() for peer in self._peers.values()],
+            "running": {"local": len(running) - num_remote, "offloaded": num_remote},
+            "tokens": {"remote": sum(offload.remote_prefix_len for offload in remote)},
+            "lanes_in_use": sum(offload.state is OffloadState.READY for offload in remote),
+            "steps": steps,
+            "totals": {"local": self.local_total, "offloaded": self.offloaded_total, "failed": self.failed_total},
+            "local_total": self.local_total,
+            "offloaded_total": self.offloaded_total,
+            "failed_total": self.failed_total,
+            "nacks": dict(self.nacks),
+            "exposed_wait_ms_total": round(wait_s * 1e3, 3),
+            "exposed_wait_ms_per_step": round(wait_s * 1e3 / steps, 3) if steps else 0.0,
+        }
+
+    def close(self) -> None:
+        for peer in self._peers.values():
+            peer.close()

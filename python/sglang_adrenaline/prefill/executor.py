@@ -1,0 +1,128 @@
+"""The attention executor: answers decode's queries with attention over pinned prefixes of prefill's KV pool.
+
+One executor serves one channel, that is one decode rank. `AttentionExecutor` is what the prefill side needs of any of
+them; `ThreadExecutor` computes with PyTorch in a thread of the prefill scheduler's process and so reads the pool in
+place. Prefixes never change, so work is planned only when the set of lanes in a step changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from sglang_adrenaline.attention.ragged import RaggedPlan, attend
+from sglang_adrenaline.channel.base import Call, ExecutorEnd
+from sglang_adrenaline.errors import ChannelError
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """One layer of the pool, in place: k, v [num_slots, num_kv_heads, head_dim]; scale and cap of its scores."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    sm_scale: float
+    logit_cap: float
+
+
+class AttentionExecutor(Protocol):
+    def attach(self, lane: int, slots: torch.Tensor) -> None:
+        """From now on `lane` attends over `slots` (int64 [remote_prefix_len])."""
+
+    def detach(self, lane: int) -> None:
+        """Forget the lane; when this returns its slots are not read any more."""
+
+    @property
+    def steps_done(self) -> int:
+        """The last decode step whose final layer was answered."""
+
+    @property
+    def plans(self) -> int:
+        """How often work was planned."""
+
+    def stop(self, reason: str) -> None:
+        """End the executor; when this returns no KV is read any more."""
+
+
+class ThreadExecutor:
+    """PyTorch on the CPU. attach/detach/stop come from the scheduler thread or the control thread."""
+
+    def __init__(
+        self, end: ExecutorEnd, layers: Sequence[LayerKV], name: str, on_failure: Callable[[str], None]
+    ) -> None:
+        self._end = end
+        self._layers = layers
+        self._on_failure = on_failure
+        self._lock = threading.Lock()  # held while a layer is computed: detach() must outlast a running read
+        self._slots: dict[int, torch.Tensor] = {}
+        self._plan_lanes: tuple[int, ...] | None = None
+        self._plan: RaggedPlan | None = None
+        self._plans = 0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=f"attention-executor-{name}", daemon=True)
+        self._thread.start()
+
+    def attach(self, lane: int, slots: torch.Tensor) -> None:
+        with self._lock:
+            self._slots[lane] = slots
+            self._plan_lanes = None
+
+    def detach(self, lane: int) -> None:
+        with self._lock:
+            self._slots.pop(lane, None)
+            self._plan_lanes = None
+
+    @property
+    def steps_done(self) -> int:
+        return self._end.steps_done
+
+    @property
+    def plans(self) -> int:
+        return self._plans
+
+    def stop(self, reason: str) -> None:
+        self._stopping = True
+        self._end.abort(reason)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5.0)
+            if self._thread.is_alive():
+                logger.error("attention executor %s did not stop within 5 s", self._thread.name)
+                return
+        self._end.close()
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad():
+                while not self._stopping:
+                    call = self._end.wait_call(POLL_S)
+                    if call is not None:
+                        self._answer(call)
+        except ChannelError as error:
+            if not self._stopping:
+                logger.info("attention executor ends: %s", error)
+        except Exception as error:
+            logger.exception("attention executor failed")
+            self._end.abort(f"attention executor failed: {error}")
+            self._on_failure(f"attention executor failed: {error}")
+
+    def _answer(self, call: Call) -> None:
+        layer = self._layers[call.layer]
+        with self._lock:
+            if self._plan_lanes != call.lanes:
+                # A lane that is not attached belongs to a request that ended: it has no prefix, so lse is -inf.
+                empty = torch.empty(0, dtype=torch.int64)
+                self._plan = RaggedPlan.from_slots([self._slots.get(lane, empty) for lane in call.lanes])
+                self._plan_lanes = call.lanes
+                self._plans += 1
+            assert self._plan is not None
+            o, lse = attend(call.q, layer.k, layer.v, self._plan, sm_scale=layer.sm_scale, logit_cap=layer.logit_cap)
+        self._end.answer(call, o, lse)

@@ -1,0 +1,301 @@
+"""What the prefill server adds to SGLang's scheduler: pins, executors and the server end of the control plane.
+
+Lives in the prefill scheduler's process. Offers and ends are handled in the control thread, so that an offer is
+answered while a long prompt is being computed; the radix tree is touched by the scheduler thread alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from sglang_adrenaline import compat, messages
+from sglang_adrenaline.channel import shm
+from sglang_adrenaline.channel.base import ChannelShape
+from sglang_adrenaline.config import AdrenalineConfig
+from sglang_adrenaline.control import ControlServer
+from sglang_adrenaline.errors import ChannelError
+from sglang_adrenaline.keys import load_key_file
+from sglang_adrenaline.model_shape import host_id, local_model_shape
+from sglang_adrenaline.prefill.executor import AttentionExecutor, LayerKV, ThreadExecutor
+from sglang_adrenaline.prefill.pins import NackReason, Pin, PinTable
+
+logger = logging.getLogger(__name__)
+
+STATS_INTERVAL_S = 1.0
+
+
+@dataclass
+class Session:
+    """One decode instance from its HELLO to its loss. `key` names it in the pin table and never repeats."""
+
+    key: str
+    peer: str
+    executor: AttentionExecutor
+    lanes: int
+
+
+class PrefillRuntime:
+    """One a prefill scheduler process. Also the handler of its ControlServer (control thread)."""
+
+    def __init__(self, config: AdrenalineConfig) -> None:
+        self.config = config
+        self.instance = uuid.uuid4().hex
+        self.offloaded_total = 0
+        self.unpinned_total = 0
+        self.control: ControlServer | None = None
+        self.pins: PinTable | None = None
+        self._scheduler: Any = None
+        self._sessions: dict[str, Session] = {}
+        """By peer, the ones that are connected."""
+        self._executors: dict[str, Session] = {}
+        """By session key, until nothing of the session is held any more."""
+        self._num_sessions = 0
+        self._steps_gone = 0
+        self._plans_gone = 0
+        self._lock = threading.Lock()
+        self._stats_sent = 0.0
+
+    # ---- start (scheduler thread) -----------------------------------------------------------------------------------
+
+    def attach_scheduler(self, scheduler: Any) -> None:
+        """Raises ConfigError where the control port is taken or the key file is not usable."""
+        self._scheduler = scheduler
+        self._shape = local_model_shape(scheduler)
+        self._rank = compat.rank(scheduler)
+        self._pool = compat.pool_shape(scheduler)
+        self._layers = [
+            LayerKV(k, v, sm_scale, cap)
+            for (k, v), sm_scale, cap in zip(
+                compat.kv_buffers(scheduler), self._shape.sm_scales, self._shape.logit_caps, strict=True
+            )
+        ]
+        self.pins = PinTable(
+            pool_tokens=self._pool.tokens, num_slots=self._pool.num_slots, max_fraction=self.config.max_pinned_fraction
+        )
+        if self.config.key_file is None:
+            logger.warning("no --adrenaline-key-file: no decode server can offload to this one")
+            return
+        self.control = ControlServer(
+            self.config.control_host,
+            compat.bootstrap_port(scheduler) + self.config.control_port_offset + self._rank.tp_rank,
+            load_key_file(self.config.key_file),
+            handler=self,
+            heartbeat_interval=self.config.heartbeat_interval,
+            heartbeat_timeout=self.config.heartbeat_timeout,
+        )
+
+    # ---- control thread ---------------------------------------------------------------------------------------------
+
+    def on_hello(self, peer: str, hello: messages.Hello) -> messages.Welcome | messages.Refuse:
+        reason = self._refusal(hello)
+        if reason:
+            logger.warning("refused decode instance %s: %s", peer[:8], reason)
+            return messages.Refuse(messages.clip(reason))
+        assert self.pins is not None
+        lanes = min(hello.lanes_wanted, self.config.lanes)
+        shape = ChannelShape(
+            lanes=lanes,
+            num_layers=self._shape.num_layers,
+            num_qo_heads=self._shape.num_qo_heads,
+            head_dim=self._shape.head_dim,
+            v_head_dim=self._shape.v_head_dim,
+            dtype=self._shape.dtype,
+        )
+        try:
+            end = shm.create_executor_end(shape, peer=f"decode {peer[:8]}")
+        except (ChannelError, OSError) as error:
+            return messages.Refuse(messages.clip(f"no channel: {error}"))
+        with self._lock:
+            self._num_sessions += 1
+            key = f"{peer}#{self._num_sessions}"
+            executor = ThreadExecutor(end, self._layers, key[:8], partial(self._executor_failed, peer, key))
+            session = Session(key, peer, executor, lanes)
+            self._sessions[peer] = session
+            self._executors[key] = session
+        self.pins.peer_joined(key, lanes)
+        logger.info("decode instance %s may offload, %d lanes", peer[:8], lanes)
+        return messages.Welcome(instance=self.instance, channel=end.spec)
+
+    def _refusal(self, hello: messages.Hello) -> str | None:
+        if hello.sglang_version != version("sglang"):
+            return f"SGLang {hello.sglang_version} on decode, {version('sglang')} on prefill"
+        if hello.host_id != host_id():
+            return "channel shm needs decode and prefill on one host"
+        if (hello.tp_rank, hello.tp_size) != (self._rank.tp_rank, self._rank.tp_size):
+            return f"TP rank {hello.tp_rank}/{hello.tp_size}, not {self._rank.tp_rank}/{self._rank.tp_size}"
+        if hello.page_size != self._pool.page_size:
+            return f"page size {hello.page_size}, not {self._pool.page_size}"
+        difference = self._shape.difference(hello.model)
+        return f"another model: {difference}" if difference else None
+
+    def on_message(self, peer: str, message: Any) -> None:
+        session = self._sessions.get(peer)
+        if session is None or self.pins is None:
+            return
+        match message:
+            case messages.Offer(room=room, remote_prefix_len=remote_prefix_len, prompt_len=prompt_len):
+                reason = self.pins.offer(session.key, room, remote_prefix_len, prompt_len)
+                if reason is None:
+                    self._send(peer, messages.Accept(room))
+                else:
+                    self._send(peer, messages.Nack(room=room, reason=reason.value, detail=self._detail(reason)))
+            case messages.End(room=room, last_step=last_step):
+                if not self.pins.end(session.key, room, last_step):
+                    logger.debug("END for room %d, which decode instance %s does not hold", room, peer[:8])
+
+    def _detail(self, reason: NackReason) -> str:
+        assert self.pins is not None
+        counts = self.pins.counts()
+        return (
+            f"{counts.pinned_tokens} + {counts.reserved_tokens} of {self._pool.tokens} tokens pinned or promised"
+            if reason is NackReason.POOL_FULL
+            else ""
+        )
+
+    def on_peer_lost(self, peer: str, reason: str) -> None:
+        with self._lock:
+            session = self._sessions.pop(peer, None)
+        if session is None:
+            return
+        session.executor.stop(reason)
+        assert self.pins is not None
+        held = self.pins.peer_left(session.key)
+        logger.warning("decode instance %s is gone (%s): %d offloaded requests end", peer[:8], reason, held)
+
+    def _executor_failed(self, peer: str, key: str, reason: str) -> None:
+        """Executor thread. The connection stays; decode learns it from the aborted channel and says HELLO again."""
+        session = self._sessions.get(peer)
+        if session is not None and session.key == key:
+            self.on_peer_lost(peer, reason)
+
+    def _send(self, peer: str, message: Any) -> None:
+        assert self.control is not None
+        self.control.send(peer, message)
+
+    # ---- scheduler thread -------------------------------------------------------------------------------------------
+
+    def before_last_chunk(self, req: Any) -> None:
+        """The prompt is computed and in the radix tree; its last KV chunk is about to be sent.
+
+        Decode sees the transfer succeed only after this, so it never meets a request that the executor does not know.
+        """
+        room = compat.room(req)
+        if self.pins is None or room is None:
+            return
+        reservation = self.pins.lookup(room)
+        if reservation is None:
+            return
+        peer = reservation.peer.partition("#")[0]
+        locked = compat.lock_prefix(self._scheduler, req, reservation.remote_prefix_len)
+        if locked is None:
+            if self.pins.refuse(room, NackReason.NOT_CACHED) is not None:
+                detail = "the prompt's KV is not in the radix cache"
+                self._send(peer, messages.Nack(room=room, reason=NackReason.NOT_CACHED.value, detail=detail))
+            return
+        slots, lock = locked
+        pin = self.pins.pin(room, slots.cpu().numpy(), lock)
+        if pin is None:
+            compat.unlock_prefix(self._scheduler, lock)
+            return
+        self._executors[pin.peer].executor.attach(pin.lane, slots)
+        self.offloaded_total += 1
+        self._send(peer, messages.Ready(room=room, lane=pin.lane))
+
+    def pump(self) -> None:
+        """Once a scheduler loop: unlock what ended, drop what is empty, tell the decode side how full the pool is."""
+        if self.pins is None:
+            return
+        if self.pins.has_ending():
+            for pin in self.pins.collect(lambda key: self._executors[key].executor.steps_done):
+                self._unpin(pin)
+        for key, session in list(self._executors.items()):
+            if self._sessions.get(session.peer) is not session and self.pins.forget_peer(key):
+                self._steps_gone += session.executor.steps_done
+                self._plans_gone += session.executor.plans
+                del self._executors[key]
+        now = time.monotonic()
+        if self._sessions and now - self._stats_sent > STATS_INTERVAL_S:
+            self._stats_sent = now
+            for session in list(self._sessions.values()):
+                self._send(session.peer, self._stats(session))
+
+    def _unpin(self, pin: Pin) -> None:
+        assert self.pins is not None
+        self._executors[pin.peer].executor.detach(pin.lane)
+        compat.unlock_prefix(self._scheduler, pin.handle)
+        self.pins.release_lane(pin)
+        self.unpinned_total += 1
+
+    def _stats(self, session: Session) -> messages.Stats:
+        assert self.pins is not None
+        counts = self.pins.counts()
+        return messages.Stats(
+            pool_tokens=self._pool.tokens,
+            free_tokens=compat.pool_free_tokens(self._scheduler),
+            pinned_tokens=counts.pinned_tokens,
+            pinned_requests=counts.pinned_requests,
+            lanes=session.lanes,
+            lanes_in_use=counts.lanes_in_use,
+            steps=session.executor.steps_done,
+        )
+
+    def holds_pins(self) -> str:
+        """What stands in the way of clearing the pool, for the user; empty if nothing does."""
+        self.pump()
+        if self.pins is None:
+            return ""
+        counts = self.pins.counts()
+        if counts.pinned_requests == 0:
+            return ""
+        return f"{counts.pinned_tokens} tokens are pinned by {counts.pinned_requests} offloaded requests"
+
+    def revoke_pins(self, why: str) -> None:
+        """Give up every pin at once; its requests end with an error on the decode side."""
+        if self.pins is None:
+            return
+        for peer in list(self._sessions):
+            self.on_peer_lost(peer, why)
+        self.pump()
+
+    def status(self) -> dict[str, Any]:
+        """What `GET /adrenaline/status` shows. Scheduler thread."""
+        assert self.pins is not None
+        self.pump()
+        counts = self.pins.counts()
+        executors = [session.executor for session in self._executors.values()]
+        return {
+            "role": "prefill",
+            "instance": self.instance,
+            "peers": [
+                {"role": "decode", "instance": peer, "connected": True, "lanes": session.lanes}
+                for peer, session in list(self._sessions.items())
+            ],
+            "running": {"reserved": counts.reserved_requests, "offloaded": counts.pinned_requests},
+            "tokens": {
+                "pinned": counts.pinned_tokens,
+                "reserved": counts.reserved_tokens,
+                "free": compat.pool_free_tokens(self._scheduler),
+                "pool": self._pool.tokens,
+            },
+            "pinned_tokens": counts.pinned_tokens,
+            "lanes_in_use": counts.lanes_in_use,
+            "steps": self._steps_gone + sum(executor.steps_done for executor in executors),
+            "plans": self._plans_gone + sum(executor.plans for executor in executors),
+            "totals": {"offloaded": self.offloaded_total, "unpinned": self.unpinned_total},
+            "offloaded_total": self.offloaded_total,
+            "nacks": dict(self.pins.nacks),
+            "exposed_wait_ms_total": 0.0,
+        }
+
+    def close(self) -> None:
+        if self.control is not None:
+            self.control.close()
+        for session in list(self._sessions.values()):
+            session.executor.stop("prefill server stops")

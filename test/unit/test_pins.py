@@ -1,0 +1,223 @@
+"""Pins, lanes and the cap: random request mixes against a model of what must hold, and single rules."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from sglang_adrenaline import policy
+from sglang_adrenaline.prefill.pins import NackReason, PinState, PinTable
+
+POOL = 400
+FRACTION = 0.8
+LANES = 4
+
+
+def table(**kwargs) -> PinTable:
+    return PinTable(pool_tokens=POOL, num_slots=POOL + 1, max_fraction=FRACTION, **kwargs)
+
+
+@dataclass
+class Tree:
+    """A radix tree reduced to its locks: lock counts per slot."""
+
+    locks: np.ndarray = field(default_factory=lambda: np.zeros(POOL + 1, dtype=int))
+
+    def lock(self, slots):
+        self.locks[slots] += 1
+        return slots
+
+    def unlock(self, slots):
+        self.locks[slots] -= 1
+
+
+@dataclass
+class Request:
+    room: int
+    peer: str
+    split: int
+
+
+class Mix(RuleBasedStateMachine):
+    """Decode instances come and go; requests with any split end in any phase; steps are answered late."""
+
+    requests = Bundle("requests")
+    peers = Bundle("peers")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = table(max_tombstones=3)
+        self.tree = Tree()
+        self.policy = policy.State()
+        self.num_peers = 0
+        self.num_rooms = 0
+        self.alive: set[str] = set()
+        self.steps_begun: dict[str, int] = {}
+        self.steps_done: dict[str, int] = {}
+        self.reserved: set[int] = set()
+        self.pinned: dict[int, Request] = {}
+        self.attached: dict[tuple[str, int], int] = {}
+
+    @rule(target=peers)
+    def join(self):
+        self.num_peers += 1
+        peer = f"decode#{self.num_peers}"
+        self.table.peer_joined(peer, LANES)
+        self.alive.add(peer)
+        self.steps_begun[peer] = self.steps_done[peer] = 0
+        return peer
+
+    @rule(target=requests, peer=peers, length=st.integers(1, 300), wish=st.none() | st.integers(-1, 300))
+    def offer(self, peer, length, wish):
+        wish = wish if wish is None or wish <= length else length
+        rules = policy.Settings(ratio=0.7, min_tokens=1, page_size=1)
+        split, self.policy = policy.decide(self.policy, length, wish, rules)
+        self.num_rooms += 1
+        request = Request(self.num_rooms, peer, split)
+        before = self.table.counts()
+        reason = self.table.offer(peer, request.room, split, length)
+        if reason is None:
+            self.reserved.add(request.room)
+        elif reason is NackReason.POOL_FULL:
+            assert before.pinned_tokens + before.reserved_tokens + split > FRACTION * POOL
+        elif reason is NackReason.NO_LANE:
+            assert sum(p == peer for p, _ in self.attached) <= LANES
+        elif reason is NackReason.UNKNOWN_PEER:
+            assert peer not in self.alive
+        else:
+            assert reason is NackReason.BAD_OFFER and split == 0
+        return request
+
+    @rule(request=requests, shared=st.booleans(), start=st.integers(1, 100))
+    def prefill(self, request, shared, start):
+        """Prefill is done; a shared prompt has the slots of another, others get any."""
+        start = 1 if shared else start
+        slots = np.arange(start, start + request.split)
+        reservation = self.table.lookup(request.room)
+        if reservation is None or reservation.state in (PinState.PINNED, PinState.ENDING):
+            return
+        handle = self.tree.lock(slots)
+        pin = self.table.pin(request.room, slots, handle)
+        if pin is None:
+            self.tree.unlock(handle)
+            assert request.room not in self.reserved
+            return
+        self.reserved.discard(request.room)
+        self.pinned[request.room] = request
+        assert (pin.peer, pin.lane) not in self.attached
+        self.attached[pin.peer, pin.lane] = request.room
+
+    @rule(request=requests)
+    def lost_from_cache(self, request):
+        if self.table.lookup(request.room) and self.table.lookup(request.room).state is PinState.RESERVED:
+            assert self.table.refuse(request.room, NackReason.NOT_CACHED) is not None
+            self.reserved.discard(request.room)
+
+    @rule(peer=peers)
+    def begin_step(self, peer):
+        self.steps_begun[peer] += 1
+
+    @rule(peer=peers)
+    def answer_steps(self, peer):
+        self.steps_done[peer] = self.steps_begun[peer]
+
+    @rule(request=consumes(requests))
+    def end(self, request):
+        known = self.table.end(request.peer, request.room, self.steps_begun[request.peer])
+        again = self.table.end(request.peer, request.room, self.steps_begun[request.peer])
+        assert not again
+        if request.room in self.reserved:
+            assert known
+            self.reserved.discard(request.room)
+
+    @rule(request=requests, peer=peers)
+    def end_of_a_stranger(self, request, peer):
+        if peer != request.peer:
+            assert not self.table.end(peer, request.room, 0)
+
+    @rule(peer=consumes(peers))
+    def lose(self, peer):
+        self.table.peer_left(peer)
+        self.alive.discard(peer)
+        held = {r.room for r in self.pinned.values() if r.peer == peer}
+        self.reserved -= {p.room for p in self.table._pins.values() if p.peer == peer and p.room not in held}
+
+    @rule()
+    def pump(self):
+        for pin in self.table.collect(lambda peer: self.steps_done[peer]):
+            assert pin.peer not in self.alive or self.steps_done[pin.peer] >= pin.last_step
+            del self.attached[pin.peer, pin.lane]
+            del self.pinned[pin.room]
+            self.tree.unlock(pin.handle)
+            self.table.release_lane(pin)
+
+    @invariant()
+    def holds(self):
+        counts = self.table.counts()
+        assert counts.pinned_tokens == (self.tree.locks > 0).sum()
+        assert counts.pinned_tokens + counts.reserved_tokens <= FRACTION * POOL
+        assert counts.reserved_requests == len(self.reserved)
+        assert counts.pinned_requests == len(self.pinned)
+        assert counts.lanes_in_use == len(self.reserved) + len(self.pinned)
+        assert counts.tombstones <= 3
+        assert (self.tree.locks >= 0).all()
+
+    def teardown(self):
+        for peer in list(self.alive):
+            self.table.peer_left(peer)
+        self.alive.clear()
+        self.reserved.clear()
+        self.pump()
+        counts = self.table.counts()
+        assert (counts.pinned_tokens, counts.reserved_tokens, counts.lanes_in_use) == (0, 0, 0)
+        assert (self.tree.locks == 0).all()
+        for number in range(1, self.num_peers + 1):
+            assert self.table.forget_peer(f"decode#{number}")
+        assert not self.table._pins
+
+
+Mix.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestRandomMix = Mix.TestCase
+
+
+def test_offer_peer_never_joined_is_refused():
+    assert table().offer("nobody", 1, 5, 10) is NackReason.UNKNOWN_PEER
+
+
+@pytest.mark.parametrize(("split", "length"), [(0, 10), (-1, 10), (11, 10)])
+def test_offer_impossible_split_is_refused(split, length):
+    pins = table()
+    pins.peer_joined("a", 1)
+    assert pins.offer("a", 1, split, length) is NackReason.BAD_OFFER
+
+
+def test_offer_room_twice_is_refused_and_counted():
+    pins = table()
+    pins.peer_joined("a", 2)
+    assert pins.offer("a", 1, 5, 10) is None
+    assert pins.offer("a", 1, 5, 10) is NackReason.DUPLICATE_ROOM
+    assert pins.nacks == {"duplicate_room": 1}
+
+
+def test_tombstone_expires_by_time():
+    now = [0.0]
+    pins = table(tombstone_ttl=10.0, clock=lambda: now[0])
+    pins.peer_joined("a", 2)
+    for room in (1, 2):
+        assert pins.offer("a", room, 5, 10) is None
+        assert pins.end("a", room, 0)
+        now[0] += 11.0
+    assert pins.lookup(1) is None and pins.lookup(2) is not None
+
+
+def test_collect_waits_for_the_last_step():
+    pins = table()
+    pins.peer_joined("a", 1)
+    pins.offer("a", 1, 5, 10)
+    pins.pin(1, np.arange(1, 6), "lock")
+    pins.end("a", 1, last_step=3)
+    assert pins.collect(lambda _: 2) == []
+    assert [pin.room for pin in pins.collect(lambda _: 3)] == [1]
