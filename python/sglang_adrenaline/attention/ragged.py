@@ -180,7 +180,7 @@ def attend(
             lse.copy_(lse_part)
         else:
             o[group.rows], lse[group.rows] = _call(q[group.rows], k, v, group.mask, sm_scale, logit_cap)
-    return o.view(num_rows, num_qo_heads, -1), lse.view(num_rows, num_qo_heads).mul_(LOG2_E)
+    return o.view(num_rows, num_qo_heads, o.shape[-1]), lse.view(num_rows, num_qo_heads).mul_(LOG2_E)
 
 
 def _gather(buffer: Tensor, group: _Group, scratch: Scratch, name: str) -> Tensor:

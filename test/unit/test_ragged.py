@@ -1,0 +1,174 @@
+"""Ragged decode attention and causal prefill attention against float64, over every way a plan can group rows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from attention_reference import reference, reference_causal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_adrenaline.attention.merge import merge_rows_
+from sglang_adrenaline.attention.prefill import attend_causal
+from sglang_adrenaline.attention.ragged import MAX_PAD_TOKENS, VIEW_MIN_TOKENS, RaggedPlan, Scratch, attend
+
+# Relative and absolute: the rounding of the output, and of the softmax weights before they meet v, to q's dtype.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+LSE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+POOL = 3000
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 32
+SCALE = HEAD_DIM**-0.5
+
+
+def pool(dtype: torch.dtype, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(POOL, KV_HEADS, HEAD_DIM, generator=generator).to(dtype) for _ in "kv"]
+
+
+def queries(rows: int, dtype: torch.dtype, seed: int = 1):
+    return torch.randn(rows, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def slots_of(length: int, contiguous: bool, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if contiguous:
+        start = int(torch.randint(0, POOL - length + 1, (1,), generator=generator))
+        return torch.arange(start, start + length)
+    return torch.randperm(POOL, generator=generator)[:length]
+
+
+def check(q, k, v, slots, o, lse, *, logit_cap=0.0):
+    for row, row_slots in enumerate(slots):
+        o_ref, lse_ref = reference(q[row], k[row_slots], v[row_slots], sm_scale=SCALE, logit_cap=logit_cap)
+        torch.testing.assert_close(o[row].double(), o_ref, atol=TOLERANCE[q.dtype], rtol=TOLERANCE[q.dtype])
+        torch.testing.assert_close(lse[row].double(), lse_ref, atol=LSE_TOLERANCE[q.dtype], rtol=0)
+
+
+lengths = st.one_of(
+    st.sampled_from([0, 1, 2, MAX_PAD_TOKENS, MAX_PAD_TOKENS + 1, VIEW_MIN_TOKENS - 1, VIEW_MIN_TOKENS]),
+    st.integers(0, 700),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(lengths, st.booleans()), min_size=1, max_size=9),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    logit_cap=st.sampled_from([0.0, 0.0, 5.0]),
+    seed=st.integers(0, 1000),
+)
+def test_attend_over_any_rows_equals_the_reference(rows, dtype, logit_cap, seed):
+    k, v = pool(dtype)
+    slots = [slots_of(n, contiguous, seed + i) for i, (n, contiguous) in enumerate(rows)]
+    q = queries(len(rows), dtype, seed)
+    o, lse = attend(q, k, v, RaggedPlan.from_slots(slots), sm_scale=SCALE, logit_cap=logit_cap)
+    assert o.dtype == dtype
+    assert lse.dtype == torch.float32
+    check(q, k, v, slots, o, lse, logit_cap=logit_cap)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 400), st.floats(0, 1)), min_size=1, max_size=6),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_attend_to_prefix_and_suffix_merged_equals_the_whole(rows, dtype, seed):
+    k, v = pool(dtype)
+    lens = torch.tensor([n for n, _ in rows])
+    splits = torch.tensor([round(n * share) for n, share in rows])
+    table = torch.stack([slots_of(500, False, seed + i) for i in range(len(rows))]).to(torch.int32)
+    index, zeros = torch.arange(len(rows)), torch.zeros_like(lens)
+    q = queries(len(rows), dtype, seed)
+    prefix, suffix, whole = (
+        attend(q, k, v, RaggedPlan.from_rows(table, index, first, last), sm_scale=SCALE)
+        for first, last in ((zeros, splits), (splits, lens), (zeros, lens))
+    )
+    o, lse = suffix
+    merge_rows_(o, lse, *prefix, index)
+    check(q, k, v, [table[i, : lens[i]].long() for i in index], o, lse)
+    torch.testing.assert_close(o, whole[0], atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
+    torch.testing.assert_close(lse, whole[1], atol=LSE_TOLERANCE[dtype], rtol=0)
+
+
+def test_from_rows_and_from_slots_make_the_same_plan():
+    table = torch.randperm(POOL)[:600].view(2, 300).to(torch.int32)
+    starts, ends = torch.tensor([10, 0, 250]), torch.tensor([200, 0, 251])
+    by_rows = RaggedPlan.from_rows(table, torch.tensor([1, 0, 0], dtype=torch.int32), starts, ends)
+    by_slots = RaggedPlan.from_slots([table[1, 10:200].long(), torch.empty(0).long(), table[0, 250:251].long()])
+    assert by_rows.num_tokens == by_slots.num_tokens == 191
+    assert by_rows.has_empty
+    assert by_slots.has_empty
+    assert [g.slots.tolist() for g in by_rows.groups] == [g.slots.tolist() for g in by_slots.groups]
+
+
+def test_row_that_ends_before_it_starts_is_empty():
+    plan = RaggedPlan.from_rows(
+        torch.zeros(1, 8, dtype=torch.int32), torch.tensor([0]), torch.tensor([5]), torch.tensor([3])
+    )
+    o, lse = attend(queries(1, torch.float32), *pool(torch.float32), plan, sm_scale=SCALE)
+    assert (o == 0).all()
+    assert (lse == -math.inf).all()
+
+
+def test_plan_of_no_rows_gives_no_rows():
+    o, lse = attend(queries(0, torch.float32), *pool(torch.float32), RaggedPlan.from_slots([]), sm_scale=SCALE)
+    assert o.shape == (0, HEADS, HEAD_DIM)
+    assert lse.shape == (0, HEADS)
+
+
+def test_long_ascending_run_is_read_in_place_and_a_shuffled_one_is_not():
+    run = torch.arange(100, 100 + VIEW_MIN_TOKENS)
+    assert len(RaggedPlan.from_slots([run]).views) == 1
+    swapped = run.clone()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    assert len(RaggedPlan.from_slots([swapped]).views) == 0
+    assert len(RaggedPlan.from_slots([torch.arange(10), torch.arange(20, 20 + VIEW_MIN_TOKENS)]).views) == 1
+
+
+def test_padding_of_a_group_is_bounded():
+    plan = RaggedPlan.from_slots([slots_of(n, False, n) for n in (10, 2000, 60, 70, 1990, 900)])
+    for group in plan.groups:
+        padding = 0 if group.mask is None else int((group.mask == -math.inf).sum(-1).max())
+        assert padding <= MAX_PAD_TOKENS
+    assert sorted((group.count, group.width) for group in plan.groups) == [(1, 900), (2, 2000), (3, 70)]
+
+
+def test_scratch_is_reused_across_plans_without_mixing_results():
+    scratch, (k, v), q = Scratch(), pool(torch.float32), queries(2, torch.float32)
+    for seed, length in enumerate((300, 20, 450)):
+        slots = [slots_of(length, False, seed), slots_of(length // 2, False, seed + 50)]
+        o, lse = attend(q, k, v, RaggedPlan.from_slots(slots, scratch=scratch), sm_scale=SCALE)
+        check(q, k, v, slots, o, lse)
+
+
+def test_attend_with_wrong_number_of_rows_raises():
+    with pytest.raises(ValueError, match="2 rows, its plan 1"):
+        plan = RaggedPlan.from_slots([torch.arange(3)])
+        attend(queries(2, torch.float32), *pool(torch.float32), plan, sm_scale=SCALE)
+
+
+def test_attend_with_values_narrower_than_keys_equals_the_reference():
+    k, v = pool(torch.float32)
+    v = v[..., :8].contiguous()
+    slots = [slots_of(30, False, 1), slots_of(0, False, 2), slots_of(250, True, 3)]
+    q = queries(3, torch.float32)
+    o, lse = attend(q, k, v, RaggedPlan.from_slots(slots), sm_scale=SCALE)
+    check(q, k, v, slots, o, lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize(("prefix_len", "new"), [(0, 1), (0, 37), (1, 1), (300, 1), (299, 33), (5, 130)])
+def test_attend_causal_equals_the_reference(prefix_len, new, contiguous, dtype):
+    k_pool, v_pool = pool(dtype)
+    slots = slots_of(prefix_len, contiguous, 5)
+    q = queries(new, dtype)
+    k, v = (torch.randn(new, KV_HEADS, HEAD_DIM).to(dtype) for _ in "kv")
+    o = attend_causal(q, k, v, k_pool, v_pool, slots, sm_scale=SCALE)
+    expected = reference_causal(
+        q, torch.cat([k_pool[slots], k]), torch.cat([v_pool[slots], v]), prefix_len, sm_scale=SCALE
+    )
+    torch.testing.assert_close(o.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
