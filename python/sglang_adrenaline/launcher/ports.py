@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import socket
 from collections.abc import Iterable
@@ -10,11 +11,10 @@ from sglang_adrenaline.errors import ConfigError
 
 
 def port_number(text: str) -> int:
-    """argparse type of a port. Raises ValueError, which argparse reports, outside 1..65535."""
-    port = int(text)
-    if not 1 <= port <= 65535:
-        raise ValueError(text)
-    return port
+    """argparse type of a port."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port in 1..65535")
+    return int(text)
 
 
 def is_free(host: str, port: int) -> bool:

@@ -36,8 +36,8 @@ def parse(argv: list[str]) -> tuple[str, int, Settings]:
     args = parser.parse_args(argv)
     try:
         prefill = tuple(Server(url.rstrip("/"), port_number(port)) for url, port in args.prefill)
-    except ValueError as error:
-        raise ConfigError(f"--prefill: {error} is not a port") from None
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--prefill: {error}") from None
     decode = tuple(Server(url.rstrip("/")) for url in args.decode)
     for server in (*prefill, *decode):
         if not server.url.startswith(("http://", "https://")) or not server.host:
