@@ -1,6 +1,6 @@
 """The secret that the servers of one deployment share, and the CURVE keys derived from it.
 
-Whoever has the file is a peer: both roles' key pairs follow from the secret, so each side knows the other's public key in
+Whoever has the file is a peer: both key pairs follow from the secret, so each side knows the other's public key in
 advance and pins it. Nothing secret is ever sent.
 """
 
