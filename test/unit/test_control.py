@@ -331,7 +331,7 @@ def test_unusable_host_is_config_error(host):
         ControlServer(host, 0, KEYS, Recorder(), heartbeat_interval=1, heartbeat_timeout=2)
 
 
-# ---- hostile or broken peers ------------------------------------------------------------------------------------------
+# ---- hostile or broken peers ----------------------------------------------------------------------------------------
 
 
 def test_wrong_key_is_refused_and_right_one_served(stack):
@@ -498,7 +498,7 @@ def test_client_drops_malformed_messages(stack):
     assert theirs.of("lost") == []
 
 
-# ---- deaths -------------------------------------------------------------------------------------------------------------
+# ---- deaths ---------------------------------------------------------------------------------------------------------
 
 PEER = """
 import sys, time
@@ -560,7 +560,7 @@ def test_stopped_client_is_lost_and_comes_back(stack):
     ours.wait("hello", 2, timeout=10)
 
 
-# ---- parts ----------------------------------------------------------------------------------------------------------------
+# ---- parts ----------------------------------------------------------------------------------------------------------
 
 
 def test_close_releases_descriptors(stack):

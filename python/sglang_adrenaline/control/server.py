@@ -277,7 +277,8 @@ class ControlServer:
             self._router.send_multipart([routing_id, frame], zmq.NOBLOCK)
 
     def _flush(self) -> None:
-        for session, frame in self._outbox.take_all():
+        items: list[tuple[_Peer, bytes]] = self._outbox.take_all()
+        for session, frame in items:
             if self._peers.get(session.instance) is session:
                 self._transmit(session, frame)
 
