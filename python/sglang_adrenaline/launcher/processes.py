@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sglang_adrenaline.errors import ConfigError
+from sglang_adrenaline.launcher import groups
 
 PARENT_ENV = "SGLANG_ADRENALINE_PARENT_PID"
 ERROR_PREFIX = "sglang_adrenaline: error: "
@@ -32,7 +33,7 @@ def die_with_launcher() -> None:
 
 @dataclass
 class Child:
-    """A started process and its group. Owner: the supervisor, which calls `kill` in the end."""
+    """A started process and its group. Owner: the supervisor, which ends it with `stop_all`."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -50,11 +51,6 @@ class Child:
         if self.is_alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGTERM)
-
-    def kill(self) -> None:
-        """SIGKILL to the whole group: also to what a dead leader left behind."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.group, signal.SIGKILL)
 
     def fate(self) -> str:
         """How the process ended, in words."""
@@ -97,21 +93,6 @@ def start_child(name: str, argv: Sequence[str], log: Path, env: Mapping[str, str
     return Child(name, process, log)
 
 
-def group_is_empty(group: int) -> bool:
-    """Whether no process of `group` is left, zombies (which hold no resources) aside."""
-    return not any(pgid == group and state != "Z" for pgid, state in _process_states())
-
-
-def _process_states() -> Iterable[tuple[int, str]]:
-    """(process group, state letter) of every process."""
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                stat = Path(entry.path, "stat").read_text()
-                state, _, pgid = stat[stat.rindex(")") + 2 :].split()[:3]
-                yield int(pgid), state
-
-
 def stop_all(children: Sequence[Child], grace_s: float, hurry: Callable[[], bool] = lambda: False) -> list[str]:
     """Ask all to stop, kill what is left after `grace_s` or once `hurry()`, and wait until every group is empty.
 
@@ -126,9 +107,9 @@ def stop_all(children: Sequence[Child], grace_s: float, hurry: Callable[[], bool
     remaining = list(children)
     while remaining and time.monotonic() < deadline:
         for child in remaining:
-            child.kill()
+            groups.kill(child.group)
             child.process.poll()
-        remaining = [child for child in remaining if child.is_alive() or not group_is_empty(child.group)]
+        remaining = [child for child in remaining if child.is_alive() or not groups.is_empty(child.group)]
         if remaining:
             time.sleep(0.02)
     return [child.name for child in remaining]

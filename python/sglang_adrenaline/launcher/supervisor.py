@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sglang_adrenaline import refusals
 from sglang_adrenaline.errors import ConfigError
-from sglang_adrenaline.launcher import stages, warmup
+from sglang_adrenaline.launcher import groups, stages, warmup
 from sglang_adrenaline.launcher.guard import Guard
 from sglang_adrenaline.launcher.model import check_model_path
 from sglang_adrenaline.launcher.options import Plan, ServerPlan, threads_per_server
@@ -24,6 +24,7 @@ from sglang_adrenaline.launcher.stages import Progress, StartFailed
 GRACE_ON_REQUEST_S = 8.0
 """Time the servers get to end by themselves after Ctrl-C or SIGTERM; a second signal cuts it short."""
 GRACE_ON_FAILURE_S = 2.0
+SHARED_MEMORY_LOOK_S = 5.0
 LOG_LINES = 25
 
 
@@ -56,7 +57,7 @@ def launch(plan: Plan) -> int:
     log_dir = _log_dir(plan)
     private_dir = Path(tempfile.mkdtemp(prefix="sglang-adrenaline-key-"))  # mkdtemp: for this user only
     try:
-        deployment = Deployment(plan, model_path, _key_file(plan, private_dir), log_dir, stop, progress)
+        deployment = Deployment(plan, model_path, private_dir, log_dir, stop, progress)
         return deployment.run()
     finally:
         shutil.rmtree(private_dir, ignore_errors=True)
@@ -66,16 +67,25 @@ class Deployment:
     """The children of one launch. Owner of all of them."""
 
     def __init__(
-        self, plan: Plan, model_path: str | None, key_file: str, log_dir: Path, stop: StopRequests, progress: Progress
+        self,
+        plan: Plan,
+        model_path: str | None,
+        private_dir: Path,
+        log_dir: Path,
+        stop: StopRequests,
+        progress: Progress,
     ) -> None:
         self._plan = plan
         self._model_path = model_path
-        self._key_file = key_file
+        self._key_file = _key_file(plan, private_dir)
         self._log_dir = log_dir
         self._stop = stop
         self._progress = progress
         self._children: list[Child] = []
         self._guard = Guard()
+        self._guard.tell("folder", str(private_dir))
+        self._shared_memory: set[str] = set()
+        self._next_look = 0.0
 
     def run(self) -> int:
         grace_s = GRACE_ON_FAILURE_S
@@ -96,14 +106,28 @@ class Deployment:
         """True once warm; False if a stop was asked for. Raises StartFailed."""
         deadline = time.monotonic() + self._plan.startup_timeout
         servers = [self._start_server(server) for server in self._plan.servers]
-        if not stages.wait_for(servers, self._progress, deadline, self._stop.came):
+        if not stages.wait_for(servers, self._progress, deadline, self._looked_after):
             return False
         router = self._start_router()
         if not stages.wait_for([router], self._progress, deadline, self._stop.came):
             return False
         for server in self._plan.of_role("decode"):
             warmup.run(self._url(self._plan.port), self._url(server.port), self._plan.api_key, self._progress)
+        self._note_shared_memory()
         return not self._stop.came()
+
+    def _looked_after(self) -> bool:
+        """Called now and then while servers start; True if a stop was asked for."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + SHARED_MEMORY_LOOK_S
+            self._note_shared_memory()
+        return self._stop.came()
+
+    def _note_shared_memory(self) -> None:
+        """Remember what the servers hold, to remove it once they are gone, however they went."""
+        self._shared_memory |= groups.shared_memory({child.group for child in self._children})
+        for path in self._shared_memory:
+            self._guard.tell("file", path)
 
     def _start_server(self, server: ServerPlan) -> stages.Starting:
         argv = ["-m", "sglang_adrenaline.launch_server", *server.argv, "--adrenaline-key-file", self._key_file]
@@ -124,7 +148,7 @@ class Deployment:
 
     def _start_child(self, name: str, argv: list[str], env: dict[str, str]) -> Child:
         child = start_child(name, argv, self._log_dir / f"{name}.log", env)
-        self._guard.watch(child.group)
+        self._guard.tell("group", child.group)
         self._children.append(child)
         return child
 
@@ -158,13 +182,15 @@ class Deployment:
         print(f"{ERROR_PREFIX}{message}{logs}", file=sys.stderr, flush=True)
 
     def _stop_children(self, grace_s: float) -> None:
+        self._note_shared_memory()
         asked_before = self._stop.count
         # A signal that comes while we are stopping means: now.
         stuck = stop_all(self._children[::-1], grace_s, lambda: self._stop.count > asked_before)
         if stuck:
             self._progress("stopping", f"could not end {', '.join(stuck)}")
-        else:
-            self._guard.dismiss()
+            return  # the guard goes on when we are gone
+        groups.remove_shared_memory(self._shared_memory)
+        self._guard.dismiss()
 
     @property
     def _client_host(self) -> str:
