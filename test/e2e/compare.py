@@ -8,12 +8,14 @@ common tokens must agree within the dtype's tolerance.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import aiohttp
+import requests
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -114,6 +116,26 @@ def generate_all(
     Raises AssertionError with the server's words on any status but 200.
     """
     return asyncio.run(_generate_all(url, payloads, concurrency, timeout_s))
+
+
+def generate_streaming(url: str, payload: Mapping[str, Any], *, timeout_s: float = 120) -> tuple[Answer, int]:
+    """The answer to `/generate` with `stream`, and the number of events it came in.
+
+    SGLang's events hold all text so far; checks that nothing once sent is taken back.
+    """
+    reply = requests.post(f"{url}/generate", json={**payload, "stream": True}, stream=True, timeout=timeout_s)
+    assert reply.status_code == 200, reply.text
+    last: dict[str, Any] = {}
+    events = 0
+    for line in reply.iter_lines():
+        if not line.startswith(b"data: ") or line == b"data: [DONE]":
+            continue
+        event = json.loads(line[len(b"data: ") :])
+        assert "error" not in event, event
+        assert event["text"].startswith(last.get("text", "")), (last["text"], event["text"])
+        last, events = event, events + 1
+    assert events, "no event came"
+    return Answer.of(last), events
 
 
 async def _generate_all(

@@ -34,6 +34,11 @@ STOP_TIMEOUT_S = 15.0
 STOCK_PLUGIN_ENV = {"SGLANG_PLUGINS": "adrenaline", "SGLANG_ADRENALINE_CPU_ATTENTION": "upstream"}
 """Our package gives stock servers the CPU platform, nothing else: attention is SGLang's own."""
 
+LAUNCHER_READY = "(OpenAI API under /v1)"
+
+COMPARED_ENV = ("SGLANG_ADRENALINE_CONFIG", "SGLANG_ADRENALINE_TRANSFER", "SGLANG_ADRENALINE_CPU_ATTENTION")
+"""Settings of the caller that no server of ours may inherit."""
+
 STRICT_ENV = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
@@ -66,6 +71,8 @@ class Server:
     log: Path
     env: dict[str, str] = field(default_factory=dict)
     ready_path: str = "/health"
+    ready_line: str | None = None
+    """What the log holds once it serves, if `ready_path` cannot tell."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -98,11 +105,16 @@ class Server:
             if not self.alive():
                 code = self.process.returncode if self.process else None
                 raise ServerError(f"{self.name} ended with code {code} while starting\n{self.log_end()}")
-            if _answers(self.url + self.ready_path):
+            if self._is_ready():
                 return
             if time.monotonic() > deadline:
                 raise ServerError(f"{self.name} did not get ready in time\n{self.log_end()}")
             time.sleep(0.2)
+
+    def _is_ready(self) -> bool:
+        if self.ready_line is not None:
+            return self.ready_line in self.log.read_text(errors="replace")
+        return _answers(self.url + self.ready_path)
 
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
@@ -148,6 +160,8 @@ class Group:
     servers: dict[str, Server]
     front: str
     """Name of the server that clients talk to."""
+    inner_urls: dict[str, str] = field(default_factory=dict)
+    """Of servers that one of `servers` started by itself."""
 
     @property
     def url(self) -> str:
@@ -177,7 +191,8 @@ class Group:
 
     def status(self, name: str = "decode") -> dict[str, Any]:
         """`GET /adrenaline/status` of one of our servers."""
-        return get_json(self.servers[name].url + "/adrenaline/status")
+        url = self.inner_urls.get(name) or self.servers[name].url
+        return get_json(url + "/adrenaline/status")
 
     def logs(self, lines: int = 60) -> str:
         return "\n".join(server.log_end(lines) for server in self.servers.values())
@@ -199,10 +214,11 @@ class Group:
         self.stop()
 
 
-def stock_single(model: Path | str, logs: Path, *, args: Sequence[str] = SMALL_SERVER_ARGS) -> Group:
+def stock_single(
+    model: Path | str, logs: Path, *, args: Sequence[str] = SMALL_SERVER_ARGS, name: str = "stock-single"
+) -> Group:
     """One aggregated stock server, not started yet."""
-    server = _stock_server("single", model, logs, args, {})
-    return Group({"single": server}, front="single")
+    return Group({name: _stock_server(name, model, logs, args, {})}, front=name)
 
 
 def stock_pd(model: Path | str, logs: Path, *, args: Sequence[str] = SMALL_SERVER_ARGS) -> Group:
@@ -218,7 +234,7 @@ def stock_pd(model: Path | str, logs: Path, *, args: Sequence[str] = SMALL_SERVE
     ]
     prefill = _stock_server("stock-prefill", model, logs, [*common, "--disaggregation-mode", "prefill"], env)
     decode = _stock_server("stock-decode", model, logs, [*common, "--disaggregation-mode", "decode"], env)
-    router = _router(prefill, bootstrap_port, decode, logs, "stock-router")
+    router = _stock_router(prefill, bootstrap_port, decode, logs)
     return Group({"prefill": prefill, "decode": decode, "router": router}, front="router")
 
 
@@ -254,15 +270,12 @@ def adrenaline(
     module = "sglang_adrenaline.launch_server"
     prefill = _server("prefill", module, model, logs, [*common, *prefill_args, "--disaggregation-mode", "prefill"], {})
     decode = _server("decode", module, model, logs, [*common, *decode_args, "--disaggregation-mode", "decode"], {})
-    router = _router(prefill, bootstrap_port, decode, logs, "router")
+    router = _router(prefill, bootstrap_port, decode, logs)
     return Group({"prefill": prefill, "decode": decode, "router": router}, front="router")
 
 
 def launcher(model: Path | str | None, logs: Path, *, args: Sequence[str] = SMALL_SERVER_ARGS) -> Group:
-    """Everything through our launcher, as one process group, not started yet. `model` None: the demo model.
-
-    Only the router answers under the group's `url`; the launcher prints where the others listen.
-    """
+    """Everything through our launcher, as one process group, not started yet. `model` None: the demo model."""
     ports = free_ports(3)
     command = [sys.executable, "-m", "sglang_adrenaline.launch_server", "--host", HOST]
     for flag, port in zip(("--port", "--prefill-port", "--decode-port"), ports, strict=True):
@@ -270,8 +283,10 @@ def launcher(model: Path | str | None, logs: Path, *, args: Sequence[str] = SMAL
     command += ["--log-dir", str(logs / "launcher-logs"), *args]
     if model is not None:
         command += ["--model-path", str(model)]
-    server = Server("launcher", command, ports[0], logs / "launcher.log")
-    return Group({"launcher": server}, front="launcher")
+    # The router listens before the warm-up is over, so its answer is no sign that the launcher is done.
+    server = Server("launcher", command, ports[0], logs / "launcher.log", STRICT_ENV, ready_line=LAUNCHER_READY)
+    inner = {name: f"http://{HOST}:{port}" for name, port in zip(("prefill", "decode"), ports[1:], strict=True)}
+    return Group({"launcher": server}, front="launcher", inner_urls=inner)
 
 
 def _stock_server(name: str, model: Path | str, logs: Path, args: Sequence[str], env: dict[str, str]) -> Server:
@@ -284,7 +299,7 @@ def _server(name: str, module: str, model: Path | str, logs: Path, args: Sequenc
     return Server(name, command, port, logs / f"{name}.log", STRICT_ENV | env)
 
 
-def _router(prefill: Server, bootstrap_port: int, decode: Server, logs: Path, name: str) -> Server:
+def _stock_router(prefill: Server, bootstrap_port: int, decode: Server, logs: Path) -> Server:
     port, metrics_port = free_ports(2)
     command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation"]
     command += ["--prefill", prefill.url, str(bootstrap_port), "--decode", decode.url]
@@ -292,7 +307,14 @@ def _router(prefill: Server, bootstrap_port: int, decode: Server, logs: Path, na
     command += ["--policy", "round_robin", "--disable-retries", "--disable-circuit-breaker"]
     command += ["--health-check-interval-secs", "2", "--health-failure-threshold", "1"]
     command += ["--health-success-threshold", "1", "--request-timeout-secs", "600"]
-    return Server(name, command, port, logs / f"{name}.log", ready_path="/readiness")
+    return Server("stock-router", command, port, logs / "stock-router.log", ready_path="/readiness")
+
+
+def _router(prefill: Server, bootstrap_port: int, decode: Server, logs: Path) -> Server:
+    port = free_ports(1)[0]
+    command = [sys.executable, "-m", "sglang_adrenaline.router", "--host", HOST, "--port", str(port)]
+    command += ["--prefill", prefill.url, str(bootstrap_port), "--decode", decode.url]
+    return Server("router", command, port, logs / "router.log", ready_path="/health")
 
 
 _taken_ports: set[int] = set()
@@ -328,7 +350,7 @@ def _is_free(port: int) -> bool:
 
 def _base_env() -> dict[str, str]:
     """The caller's environment, without settings that would change what is compared, and with no way out."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("SGLANG_ADRENALINE_", "PYTEST_"))}
+    env = {key: value for key, value in os.environ.items() if key not in COMPARED_ENV}
     return env | {
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -20,6 +20,7 @@ CONTEXT_LENGTH = 4096
 SPECIAL = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 CHAT_TEMPLATE = (
+    "{% if tools %}<|user|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|end|>{% endif %}"
     "{% for message in messages %}"
     "{{ '<|assistant|>' if message.role == 'assistant' else '<|user|>' }}{{ message.content }}<|end|>"
     "{% endfor %}"
