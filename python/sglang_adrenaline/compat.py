@@ -228,8 +228,19 @@ def running_requests(scheduler: Scheduler) -> Sequence[Req]:
     return scheduler.running_batch.reqs
 
 
-def is_fully_idle(scheduler: Scheduler) -> bool:
-    return scheduler.is_fully_idle()
+def waits_for_peer(scheduler: Scheduler) -> bool:
+    """Whether the scheduler has requests but none that it could compute something for now."""
+    return (
+        scheduler.running_batch.is_empty()
+        and not scheduler.waiting_queue
+        and scheduler.chunked_req is None
+        and scheduler.last_batch is None
+        and not scheduler.is_fully_idle()
+    )
+
+
+def is_cpu(scheduler: Scheduler) -> bool:
+    return scheduler.server_args.device == "cpu"
 
 
 def metrics_enabled(scheduler: Scheduler) -> bool:

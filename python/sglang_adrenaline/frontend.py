@@ -6,6 +6,7 @@ Process of the HTTP server and tokenizer manager.
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -21,8 +22,40 @@ async def read_status(tokenizer_manager: Any) -> dict[str, Any]:
     return states[0]["adrenaline"]
 
 
+class RoomSplitter:
+    """Gives each of the requests that SGLang makes of one request with n > 1 a bootstrap room of its own.
+
+    SGLang sends them all, prefill and decode server in the same order, under the room of the whole: rooms would collide.
+    The k-th one's room follows from the whole's, so that both servers find the same number without talking.
+    """
+
+    STRIDE = 0x1E3779B97F4A7C15
+    LIMIT = 4096
+    """Most unfinished families that are remembered."""
+
+    def __init__(self) -> None:
+        self._sent: OrderedDict[int, int] = OrderedDict()
+
+    def next_room(self, room: int, n: int) -> int:
+        """First the request that fills the prefix cache, which keeps `room`, then n samples."""
+        k = self._sent.pop(room, 0)
+        if k < n:
+            self._sent[room] = k + 1
+            if len(self._sent) > self.LIMIT:
+                self._sent.popitem(last=False)
+        return (room + k * self.STRIDE) % 2**63
+
+
 class FrontendHandlers:
     """`manager` below is SGLang's TokenizerManager, the `self` of the hooked methods."""
+
+    def __init__(self) -> None:
+        self._rooms = RoomSplitter()
+
+    def split_rooms(self, manager: Any, tokenized_obj: Any) -> None:
+        room, n = getattr(tokenized_obj, "bootstrap_room", None), getattr(tokenized_obj.sampling_params, "n", 1)
+        if room is not None and n > 1:
+            tokenized_obj.bootstrap_room = self._rooms.next_room(room, n)
 
     def check_request(self, result: None, manager: Any, obj: Any, input_ids: list[int] | None) -> None:
         """Raises ValueError, which SGLang answers as a 400 with its text."""

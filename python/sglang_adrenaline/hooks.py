@@ -54,6 +54,14 @@ HOOKS = (
     ),
     Hook(
         "frontend",
+        "managers.tokenizer_manager.TokenizerManager._send_one_request",
+        "before",
+        "split_rooms",
+        ("tokenized_obj",),
+        "n > 1: the samples of one request would share a bootstrap room, on which schedulers fail",
+    ),
+    Hook(
+        "frontend",
         "managers.tokenizer_manager.TokenizerManager.release_memory_occupation",
         "around",
         "release_memory",

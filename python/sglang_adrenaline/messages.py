@@ -19,7 +19,9 @@ PROTOCOL = 1
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_TEXT = 2000
 
-Room = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+MAX_ROOM = 2**63 - 1
+
+Room = Annotated[int, msgspec.Meta(ge=0, le=MAX_ROOM)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Lane = Annotated[int, msgspec.Meta(ge=0, lt=MAX_LANES)]

@@ -22,6 +22,7 @@ from sglang_adrenaline.errors import AdrenalineError
 TRANSFER_ENV = "SGLANG_ADRENALINE_TRANSFER"
 """`local` makes the transfer backend of that name known to a server that has no other part of the extension."""
 METRICS_INTERVAL_S = 1.0
+NAP_S = 0.001
 
 
 def register() -> None:
@@ -72,6 +73,7 @@ def _register_scheduler(config: AdrenalineConfig) -> None:
     def pump_and_publish(scheduler: Any, *args: Any, **kwargs: Any) -> None:
         pump(scheduler, *args, **kwargs)
         shared.publish()
+        shared.rest(scheduler)
 
     handlers.pump = pump_and_publish
     hooks.register(rows, handlers)
@@ -133,6 +135,11 @@ class SchedulerHandlers:
 
     def add_status(self, result: Any, scheduler: Any, recv_req: Any) -> None:
         result.internal_state["adrenaline"] = self._runtime.status()
+
+    def rest(self, scheduler: Any) -> None:
+        """On a CPU, a spinning loop would take from the other server the core on which it computes what we await."""
+        if compat.is_cpu(scheduler) and compat.waits_for_peer(scheduler):
+            time.sleep(NAP_S)
 
     def publish(self) -> None:
         """Metrics, now and then; called once a scheduler loop."""

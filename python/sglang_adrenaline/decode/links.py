@@ -89,7 +89,7 @@ class Peer:
 
     def on_welcome(self, welcome: messages.Welcome) -> None:
         try:
-            channel = shm.open_decode_end(welcome.channel, wait_timeout=self._config.wait_timeout)
+            channel = shm.open_decode_end(welcome.channel, wait_timeout=self._config.wait_timeout, peer=self.name)
         except ChannelError as error:
             self.refused = f"channel of {self.name} cannot be opened: {error}"
             logger.error("%s", self.refused)

@@ -21,7 +21,7 @@ from sglang_adrenaline.decode.runtime import DecodeRuntime
 def make_prealloc_queue(base: type, runtime: DecodeRuntime) -> type:
     """The class that takes the place of `base` (SGLang's DecodePreallocQueue) in the decode scheduler."""
 
-    class OffloadPreallocQueue(base):  # type: ignore[misc, valid-type]
+    class OffloadPreallocQueue(base):
         def _create_receiver_and_enqueue(self, req: Any, is_rebootstrap: bool = False) -> Any:
             # A rebootstrapped request is recomputed by prefill and sent whole.
             decode_req = super()._create_receiver_and_enqueue(req, is_rebootstrap=is_rebootstrap)

@@ -7,9 +7,11 @@ state of an `Offload`; everything that touches requests, rows or pools happens i
 from __future__ import annotations
 
 import logging
+import os
 import time
 import uuid
 from collections import Counter
+from importlib.metadata import version
 from typing import Any
 
 from sglang_adrenaline import compat, messages, policy
@@ -71,7 +73,10 @@ class DecodeRuntime:
         self._page_size = pool.page_size
 
     def _hello(self) -> messages.Hello:
-        return messages.make_hello(
+        return messages.Hello(
+            protocol=messages.PROTOCOL,
+            sglang_version=version("sglang"),
+            pid=os.getpid(),
             instance=self.instance,
             model=self._shape,
             host_id=host_id(),
@@ -85,9 +90,9 @@ class DecodeRuntime:
 
     def consider(self, req: Any) -> Offload | None:
         """Decide about a new request; None means that it is local and stays so."""
-        if compat.is_warmup(req) or compat.room(req) is None:
-            return None
         room, length = compat.room(req), compat.prompt_len(req)
+        if compat.is_warmup(req) or room is None or not 0 <= room <= messages.MAX_ROOM:
+            return None
         assert self._settings is not None
         wish = policy.requested_prefix_len(compat.custom_params(req), length)
         remote, self._policy = policy.decide(self._policy, length, wish, self._settings)
@@ -162,7 +167,8 @@ class DecodeRuntime:
 
     def of(self, req: Any) -> Offload | None:
         """The offload of a request that is remote; None for local ones."""
-        offload = self._offloads.get(compat.room(req)) if compat.room(req) is not None else None
+        room = compat.room(req)
+        offload = self._offloads.get(room) if room is not None else None
         return offload if offload is not None and offload.req is req and offload.is_remote else None
 
     def on_row(self, req: Any) -> None:

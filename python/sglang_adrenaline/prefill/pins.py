@@ -192,7 +192,9 @@ class PinTable:
             if pin.state is PinState.CANCELLED:
                 del self._pins[room]
                 return None
-            assert pin.state is PinState.RESERVED and len(slots) == pin.remote_prefix_len, (pin, len(slots))
+            if pin.state is not PinState.RESERVED:  # a second request of the same room: a client chose the number
+                return None
+            assert len(slots) == pin.remote_prefix_len, (pin, len(slots))
             self._slot_refs[slots] += 1
             self._pinned_tokens += int((self._slot_refs[slots] == 1).sum())
             pin.state, pin.slots, pin.handle = PinState.PINNED, slots, handle

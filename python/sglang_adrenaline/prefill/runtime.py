@@ -170,10 +170,14 @@ class PrefillRuntime:
         logger.warning("decode instance %s is gone (%s): %d offloaded requests end", peer[:8], reason, held)
 
     def _executor_failed(self, peer: str, key: str, reason: str) -> None:
-        """Executor thread. The connection stays; decode learns it from the aborted channel and says HELLO again."""
+        """Executor thread. The decode instance is told to go; it comes back with a HELLO and gets a new executor."""
         session = self._sessions.get(peer)
         if session is not None and session.key == key:
-            self.on_peer_lost(peer, reason)
+            self._dismiss(peer, reason)
+
+    def _dismiss(self, peer: str, reason: str) -> None:
+        self._send(peer, messages.Bye(messages.clip(reason)))
+        self.on_peer_lost(peer, reason)
 
     def _send(self, peer: str, message: Any) -> None:
         assert self.control is not None
@@ -261,7 +265,7 @@ class PrefillRuntime:
         if self.pins is None:
             return
         for peer in list(self._sessions):
-            self.on_peer_lost(peer, why)
+            self._dismiss(peer, why)
         self.pump()
 
     def status(self) -> dict[str, Any]:
