@@ -34,7 +34,10 @@ class UpstreamError(Exception):
     """A server could not be reached or broke off."""
 
     def __init__(self, role: str, server: Server, cause: BaseException) -> None:
-        text = str(cause) or type(cause).__name__
+        if isinstance(cause, aiohttp.ClientPayloadError):
+            text = "it closed the connection before its answer was complete"
+        else:
+            text = str(cause) or type(cause).__name__
         super().__init__(f"{role} server {server.url} failed: {text}")
 
 

@@ -1,0 +1,69 @@
+"""Configuration: limits, flags, and the way through the environment."""
+
+import argparse
+
+import pytest
+
+from sglang_adrenaline.config import CONFIG_ENV, AdrenalineConfig, add_cli_args, config_from_args
+from sglang_adrenaline.errors import ConfigError
+
+
+def parse(*argv: str) -> AdrenalineConfig:
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    return config_from_args(parser.parse_args(argv), "decode")
+
+
+def test_flags_default_equal_the_fields_defaults():
+    assert parse() == AdrenalineConfig(role="decode")
+
+
+def test_flags_given_reach_their_fields():
+    config = parse("--adrenaline-offload-ratio", "0.25", "--adrenaline-lanes", "3", "--adrenaline-key-file", "/k")
+    assert (config.offload_ratio, config.lanes, config.key_file) == (0.25, 3, "/k")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("offload-ratio", "-0.1"),
+        ("offload-ratio", "1.01"),
+        ("offload-ratio", "nan"),
+        ("max-pinned-fraction", "0"),
+        ("max-pinned-fraction", "2"),
+        ("min-offload-tokens", "0"),
+        ("lanes", "0"),
+        ("lanes", "5000"),
+        ("wait-timeout", "0"),
+    ],
+)
+def test_flags_out_of_range_are_refused_by_name(flag, value):
+    with pytest.raises(ConfigError, match=f"--adrenaline-{flag} must be"):
+        parse(f"--adrenaline-{flag}", value)
+
+
+def test_heartbeat_timeout_not_above_interval_is_refused():
+    with pytest.raises(ConfigError, match="heartbeat"):
+        AdrenalineConfig(role="prefill", heartbeat_interval=5.0)
+
+
+def test_from_env_gives_back_what_was_put_in(monkeypatch):
+    config = AdrenalineConfig(role="prefill", offload_ratio=0.1, key_file="/some/key")
+    monkeypatch.setenv(CONFIG_ENV, config.to_json())
+    assert AdrenalineConfig.from_env() == config
+
+
+def test_from_env_absent_or_empty_is_none(monkeypatch):
+    monkeypatch.delenv(CONFIG_ENV, raising=False)
+    assert AdrenalineConfig.from_env() is None
+    monkeypatch.setenv(CONFIG_ENV, "")
+    assert AdrenalineConfig.from_env() is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"role":"router"}', '{"role":"decode","ratio":1}', '{"role":"decode","offload_ratio":2}'],
+)
+def test_from_json_invalid_is_refused(text):
+    with pytest.raises(ConfigError):
+        AdrenalineConfig.from_json(text)

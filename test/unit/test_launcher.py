@@ -1,0 +1,318 @@
+"""Launcher without SGLang: the command line, ports, and what is left of processes however they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sglang_adrenaline.errors import ConfigError
+from sglang_adrenaline.launcher import groups, options, ports
+from sglang_adrenaline.launcher.model import check_model_path
+from sglang_adrenaline.launcher.processes import PARENT_ENV, Child, start_child, stop_all
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def listening() -> Iterator[int]:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        yield sock.getsockname()[1]
+
+
+# ---- command line -------------------------------------------------------------------------------------------------
+
+PORTS = ("--port", "23100", "--prefill-port", "23110", "--decode-port", "23120", "--bootstrap-port", "23130")
+
+
+def test_parse_servers_get_their_ports_our_flags_and_all_that_is_unknown():
+    plan = options.parse(
+        [
+            *PORTS,
+            *("--adrenaline-lanes", "7", "--context-length", "64", "--api-key", "secret"),
+            *("--prefill-args", "--chunked-prefill-size 32", "--decode-args=--disable-overlap-schedule"),
+        ]
+    )
+    prefill, decode = plan.servers
+    assert (prefill.name, prefill.port, decode.name, decode.port) == ("prefill-0", 23110, "decode-0", 23120)
+    assert (plan.port, plan.api_key, plan.model_path) == (23100, "secret", None)
+    for server in plan.servers:
+        text = " ".join(server.argv)
+        for part in (
+            f"--disaggregation-mode {server.role}",
+            f"--port {server.port}",
+            "--disaggregation-bootstrap-port 23130",
+            "--adrenaline-lanes 7",
+            "--context-length 64",
+        ):
+            assert part in text
+    assert ("--chunked-prefill-size" in prefill.argv, "--chunked-prefill-size" in decode.argv) == (True, False)
+    assert ("--disable-overlap-schedule" in prefill.argv, "--disable-overlap-schedule" in decode.argv) == (False, True)
+
+
+def test_parse_children_understand_what_they_are_given():
+    plan = options.parse([*PORTS, "--adrenaline-offload-ratio", "0.3", "--context-length", "64"])
+    for server in plan.servers:
+        assert options.role_of(list(server.argv)) == server.role
+        config, rest = options.split_server_argv(list(server.argv), server.role)
+        assert (config.role, config.offload_ratio) == (server.role, 0.3)
+        assert "--context-length" in rest and not any("adrenaline" in text for text in rest)
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["--num-decode", "2"], "only one prefill and one decode server"),
+        (["--num-prefill", "0"], "at least 1"),
+        (["--adrenaline-offload-ratio", "1.5"], "--adrenaline-offload-ratio must be a number in 0..1"),
+        (["--adrenaline-offload-ratio", "much"], "invalid float value"),
+        (["--port", "0"], "'0' is not a port"),
+        (["--port", "70000"], "'70000' is not a port"),
+        (["--port", "23110", "--prefill-port", "23110"], "cannot both have port 23110"),
+        (["--bootstrap-port", "65000", "--adrenaline-control-port-offset", "1000"], "= 66000 is not in 1..65535"),
+        (["--bootstrap-port", "23130", "--port", "24130"], "cannot both have port 24130"),
+        (["--startup-timeout", "0"], "--startup-timeout"),
+        (["--host", "no such host"], "no such address"),
+    ],
+)
+def test_parse_bad_value_is_refused_by_name(argv, why):
+    with pytest.raises(ConfigError, match=why.replace("(", r"\(")):
+        options.parse(argv)
+
+
+def test_parse_port_in_use_is_named(listening):
+    with pytest.raises(ConfigError, match=f"--decode-port: port {listening} on 127.0.0.1 is in use"):
+        options.parse(["--decode-port", str(listening)])
+
+
+def test_choose_bootstrap_port_passes_over_ports_whose_control_port_is_taken(listening):
+    offset = 100
+    chosen = ports.choose_bootstrap_port("127.0.0.1", listening - offset, offset, taken={listening - offset + 1})
+    assert chosen > listening - offset + 1
+
+
+def test_threads_per_server_share_the_cores():
+    cores = len(os.sched_getaffinity(0))
+    assert options.threads_per_server(1) == cores
+    assert options.threads_per_server(10 * cores) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "why"), [(None, "no config.json"), ("{", "cannot be read"), ("[]", "holds no object"), ("{}", None)]
+)
+def test_check_model_path_folder(tmp_path, content, why):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    if why is None:
+        check_model_path(str(tmp_path))
+    else:
+        with pytest.raises(ConfigError, match=why):
+            check_model_path(str(tmp_path))
+
+
+def test_check_model_path_missing_folder_is_refused_and_remote_name_passes():
+    check_model_path("some-org/some-model")
+    with pytest.raises(ConfigError, match="no such folder"):
+        check_model_path("/no/such/folder")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--num-decode", "3"], ["--model-path", "/no/such/folder"], ["--disaggregation-mode", "both"]]
+)
+def test_command_bad_input_is_one_line_and_exit_code_1(argv):
+    command = [sys.executable, "-m", "sglang_adrenaline.launch_server", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("sglang_adrenaline: error: ") and done.stderr.count("\n") == 1
+
+
+def test_command_help_tells_of_sglangs_arguments():
+    command = [sys.executable, "-m", "sglang_adrenaline.launch_server", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    for part in ("Any argument of SGLang's server", "--adrenaline-offload-ratio", "--prefill-args", "--num-decode"):
+        assert part in done.stdout
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------
+
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", deaf])
+print("pid", child.pid, flush=True)
+time.sleep(600)
+"""
+
+OBEDIENT = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+print("up", flush=True)
+time.sleep(600)
+"""
+
+DIES_WITH_LAUNCHER = """
+import time
+from sglang_adrenaline.launcher.processes import die_with_launcher
+die_with_launcher()
+print("up", flush=True)
+time.sleep(600)
+"""
+
+HOLDS_SHARED_MEMORY = """
+import mmap, sys, time
+with open(sys.argv[1], "w+b") as file:
+    file.truncate(4096)
+    memory = mmap.mmap(file.fileno(), 4096)
+print("mapped", flush=True)
+time.sleep(600)
+"""
+
+
+def started(tmp_path: Path, code: str, *argv: str, until: str = "") -> Child:
+    child = start_child("child", ["-c", textwrap.dedent(code), *argv], tmp_path / "child.log", {})
+    wait_until(lambda: not until or child.log_contains(until))
+    return child
+
+
+def shm_file(name: str) -> Path:
+    return Path(f"/dev/shm/adrenaline-test-{os.getpid()}-{name}")
+
+
+def test_stop_all_kills_a_stubborn_child_and_its_children(tmp_path):
+    child = started(tmp_path, STUBBORN, until="pid")
+    assert not groups.is_empty(child.group)
+    assert stop_all([child], grace_s=0.2) == []
+    assert groups.is_empty(child.group)
+    assert child.fate() == "was killed by SIGKILL"
+
+
+def test_stop_all_child_that_obeys_is_not_killed(tmp_path):
+    child = started(tmp_path, OBEDIENT, until="up")
+    assert stop_all([child], grace_s=20.0) == []
+    assert child.fate() == "exited with code 0"
+
+
+def test_stop_all_ends_what_a_dead_child_left_behind(tmp_path):
+    child = started(tmp_path, STUBBORN, until="pid")
+    os.kill(child.process.pid, signal.SIGKILL)
+    child.process.wait(10)
+    assert not groups.is_empty(child.group)
+    assert stop_all([child], grace_s=0.0) == []
+    assert groups.is_empty(child.group)
+
+
+def test_remove_shared_memory_takes_files_of_the_dead_only(tmp_path):
+    path = shm_file("group")
+    child = started(tmp_path, HOLDS_SHARED_MEMORY, str(path), until="mapped")
+    try:
+        found = groups.shared_memory({child.group})
+        assert str(path) in found
+        groups.remove_shared_memory(found)
+        assert path.exists(), "in use"
+        stop_all([child], grace_s=0.0)
+        groups.remove_shared_memory(found)
+        assert not path.exists()
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_error_line_is_the_last_the_child_said(tmp_path):
+    code = (
+        "import sys; sys.exit('noise\\nsglang_adrenaline: error: first\\nsglang_adrenaline: error: port 1 is in use')"
+    )
+    child = started(tmp_path, code)
+    child.process.wait(20)
+    assert child.error_line() == "port 1 is in use"
+    assert child.fate() == "exited with code 1"
+    assert child.log_tail(1) == ["sglang_adrenaline: error: port 1 is in use"]
+
+
+LAUNCHER = """
+import sys, time
+from pathlib import Path
+from sglang_adrenaline.launcher import groups
+from sglang_adrenaline.launcher.guard import Guard
+from sglang_adrenaline.launcher.processes import start_child
+folder, shm = Path(sys.argv[1]), sys.argv[2]
+guard = Guard()
+(folder / "private").mkdir()
+guard.tell("folder", str(folder / "private"))
+code = (folder / "child.py").read_text()
+child = start_child("child", ["-c", code, shm], folder / "child.log", {})
+guard.tell("group", child.group)
+while not child.log_contains("mapped"):
+    time.sleep(0.02)
+for path in groups.shared_memory({child.group}):
+    guard.tell("file", path)
+print(child.group, flush=True)
+if sys.argv[3] == "dismiss":
+    guard.dismiss()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("dismissed", [False, True])
+def test_guard_cleans_up_after_a_killed_launcher_unless_dismissed(tmp_path, dismissed):
+    path = shm_file(f"guard-{dismissed}")
+    (tmp_path / "child.py").write_text(HOLDS_SHARED_MEMORY)
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path), str(path), "dismiss" if dismissed else "stay"]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        group = int(launcher.stdout.readline())
+        if dismissed:
+            time.sleep(0.5)
+        launcher.kill()
+        launcher.wait(10)
+        if dismissed:
+            time.sleep(1.0)
+            assert not groups.is_empty(group) and path.exists()
+        else:
+            wait_until(lambda: groups.is_empty(group))
+            wait_until(lambda: not path.exists() and not (tmp_path / "private").exists())
+    finally:
+        launcher.kill()
+        groups.kill(group)
+        path.unlink(missing_ok=True)
+
+
+def test_die_with_launcher_ends_a_child_whose_launcher_died(tmp_path):
+    outer = f"""
+    import sys, time
+    from pathlib import Path
+    from sglang_adrenaline.launcher.processes import start_child
+    child = start_child("inner", ["-c", {DIES_WITH_LAUNCHER!r}], Path(sys.argv[1]), {{}})
+    while not child.log_contains("up"):
+        time.sleep(0.02)
+    print(child.group, flush=True)
+    time.sleep(600)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(outer), str(tmp_path / "inner.log")]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    group = int(launcher.stdout.readline())
+    launcher.kill()
+    launcher.wait(10)
+    wait_until(lambda: groups.is_empty(group))
+
+
+def test_die_with_launcher_does_nothing_without_one(monkeypatch):
+    monkeypatch.delenv(PARENT_ENV, raising=False)
+    code = "from sglang_adrenaline.launcher.processes import die_with_launcher; die_with_launcher(); print('alive')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "alive\n"
