@@ -178,8 +178,8 @@ def _check_file(fd: int, shape: ChannelShape) -> None:
 def _open_pidfd(pid: int) -> OwnedFd:
     try:
         return OwnedFd(os.pidfd_open(pid))
-    except OSError as error:
-        raise ChannelError(f"process {pid} is not there: {error.strerror}") from None
+    except (OSError, OverflowError) as error:
+        raise ChannelError(f"process {pid} is not there: {error}") from None
 
 
 def _parse_address(address: str) -> tuple[int, int]:

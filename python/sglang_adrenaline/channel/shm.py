@@ -123,7 +123,7 @@ class ShmDecodeEnd(_End):
         self.exposed_wait_s = 0.0
         self.steps = 0
         self._wait_timeout = wait_timeout
-        self._lanes: tuple[int, ...] = ()
+        self._lanes: tuple[int, ...] | None = None
         self._step_views: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._sent = -1
         self._open = False
