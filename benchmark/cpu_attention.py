@@ -29,14 +29,17 @@ PREFILL_CASES = [(0, 300), (0, 2000), (1500, 100), (1500, 500)]
 MAX_CONTEXT = 2048
 
 
-def milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Shortest wall time of one call, after one to warm up: what else runs on the machine only adds to it."""
+def milliseconds(run: Callable[[], object], budget_s: float) -> float:
+    """Shortest CPU time of one call divided by the threads, after one call to warm up.
+
+    On an idle machine that is the wall time; unlike it, it can be compared on a busy one.
+    """
     run()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
+    times, deadline = [], time.perf_counter() + budget_s
+    while len(times) < 2 or (len(times) < 50 and time.perf_counter() < deadline):
+        begin = time.process_time()
         run()
-        times.append((time.perf_counter() - begin) * 1e3)
+        times.append((time.process_time() - begin) * 1e3 / torch.get_num_threads())
     return min(times)
 
 
@@ -54,7 +57,7 @@ class Pool:
         # The two methods timed below read no state of the backend.
         self.upstream = object.__new__(TorchNativeAttnBackend)
 
-    def decode(self, lens: list[int], repeats: int) -> dict[str, float]:
+    def decode(self, lens: list[int], budget_s: float) -> dict[str, float]:
         slots = self.layers[0][0].shape[0]
         shuffled, ordered = torch.zeros((2, len(lens), MAX_CONTEXT), dtype=torch.int32)
         scattered, offset = torch.randperm(slots)[: sum(lens)].to(torch.int32), 0
@@ -79,13 +82,13 @@ class Pool:
 
         plans = [RaggedPlan.from_rows(table, rows, starts, ends, scratch=scratch) for table in (shuffled, ordered)]
         return {
-            "plan": milliseconds(lambda: RaggedPlan.from_rows(shuffled, rows, starts, ends, scratch=scratch), repeats),
-            "upstream": milliseconds(upstream, repeats),
-            "ours": milliseconds(lambda: ours(plans[0]), repeats),
-            "in place": milliseconds(lambda: ours(plans[1]), repeats),
+            "plan": milliseconds(lambda: RaggedPlan.from_rows(shuffled, rows, starts, ends, scratch=scratch), budget_s),
+            "upstream": milliseconds(upstream, budget_s),
+            "ours": milliseconds(lambda: ours(plans[0]), budget_s),
+            "in place": milliseconds(lambda: ours(plans[1]), budget_s),
         }
 
-    def prefill(self, prefix: int, new: int, repeats: int) -> dict[str, float]:
+    def prefill(self, prefix: int, new: int, budget_s: float) -> dict[str, float]:
         k_new, v_new = (self.layers[0][0][:new].clone() for _ in "kv")
         table = torch.arange(prefix + new, dtype=torch.int32)[None]
         q = torch.randn(new, *self.q_shape).to(self.dtype)
@@ -104,7 +107,7 @@ class Pool:
             for k, v in self.layers:
                 out[:] = attend_causal(q, k_new, v_new, k, v, slots, sm_scale=self.scale)
 
-        return {"upstream": milliseconds(upstream, repeats), "ours": milliseconds(ours, repeats)}
+        return {"upstream": milliseconds(upstream, budget_s), "ours": milliseconds(ours, budget_s)}
 
 
 def table(title: str, rows: list[tuple[str, dict[str, float]]]) -> None:
@@ -118,18 +121,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("threads", 1), ("layers", 30), ("heads", 9), ("kv-heads", 3), ("head-dim", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--budget-s", type=float, default=1.0, help="seconds spent on each figure")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {vars(args)}")
     for dtype in (torch.float32, torch.bfloat16):
         pool = Pool(args, dtype, slots=65_536)
         decode = [
-            (f"{n} x {name}", pool.decode([lens[i % len(lens)] for i in range(n)], args.repeats))
+            (f"{n} x {name}", pool.decode([lens[i % len(lens)] for i in range(n)], args.budget_s))
             for n, name, lens in DECODE_CASES
         ]
         table(f"decode, {dtype}, ms per step", decode)
-        prefill = [(f"{new} after {prefix}", pool.prefill(prefix, new, 2)) for prefix, new in PREFILL_CASES]
+        prefill = [(f"{new} after {prefix}", pool.prefill(prefix, new, args.budget_s)) for prefix, new in PREFILL_CASES]
         table(f"prefill, {dtype}, ms", prefill)
 
 

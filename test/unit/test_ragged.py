@@ -31,9 +31,15 @@ def queries(rows: int, dtype: torch.dtype, seed: int = 1):
     return torch.randn(rows, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def slots_of(length: int, contiguous: bool, seed: int) -> torch.Tensor:
+def slots_of(length: int, shape: str, seed: int) -> torch.Tensor:
+    """Distinct slots: one `run`, `scattered`, or a `mixed` row as a prompt and its decoded tokens leave it."""
     generator = torch.Generator().manual_seed(seed)
-    if contiguous:
+    if shape == "mixed":
+        run = 2 * length // 3
+        rest = POOL - 1 - torch.randperm(POOL // 3, generator=generator)[: length - run]
+        cut = int(torch.randint(0, length - run + 1, (1,), generator=generator))
+        return torch.cat([rest[:cut], torch.arange(7, 7 + run), rest[cut:]])
+    if shape == "run":
         start = int(torch.randint(0, POOL - length + 1, (1,), generator=generator))
         return torch.arange(start, start + length)
     return torch.randperm(POOL, generator=generator)[:length]
@@ -54,14 +60,14 @@ lengths = st.one_of(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.lists(st.tuples(lengths, st.booleans()), min_size=1, max_size=9),
+    rows=st.lists(st.tuples(lengths, st.sampled_from(["run", "scattered", "mixed"])), min_size=1, max_size=9),
     dtype=st.sampled_from(list(TOLERANCE)),
     logit_cap=st.sampled_from([0.0, 0.0, 5.0]),
     seed=st.integers(0, 1000),
 )
 def test_attend_over_any_rows_equals_the_reference(rows, dtype, logit_cap, seed):
     k, v = pool(dtype)
-    slots = [slots_of(n, contiguous, seed + i) for i, (n, contiguous) in enumerate(rows)]
+    slots = [slots_of(n, shape, seed + i) for i, (n, shape) in enumerate(rows)]
     q = queries(len(rows), dtype, seed)
     o, lse = attend(q, k, v, RaggedPlan.from_slots(slots), sm_scale=SCALE, logit_cap=logit_cap)
     assert o.dtype == dtype
@@ -79,7 +85,9 @@ def test_attend_to_prefix_and_suffix_merged_equals_the_whole(rows, dtype, seed):
     k, v = pool(dtype)
     lens = torch.tensor([n for n, _ in rows])
     splits = torch.tensor([round(n * share) for n, share in rows])
-    table = torch.stack([slots_of(500, False, seed + i) for i in range(len(rows))]).to(torch.int32)
+    table = torch.stack(
+        [slots_of(500, ("run", "scattered", "mixed")[(seed + i) % 3], seed + i) for i in range(len(rows))]
+    ).to(torch.int32)
     index, zeros = torch.arange(len(rows)), torch.zeros_like(lens)
     q = queries(len(rows), dtype, seed)
     prefix, suffix, whole = (
@@ -125,11 +133,14 @@ def test_long_ascending_run_is_read_in_place_and_a_shuffled_one_is_not():
     swapped = run.clone()
     swapped[[3, 4]] = swapped[[4, 3]]
     assert len(RaggedPlan.from_slots([swapped]).views) == 0
+    plan = RaggedPlan.from_slots([torch.tensor([9, 4]), torch.cat([run, torch.tensor([7, 5])])])
+    assert [(view.row, view.start, view.stop) for view in plan.split_views] == [(1, 100, 100 + VIEW_MIN_TOKENS)]
+    assert [group.slots.tolist() for group in plan.groups] == [[9, 4, 7, 5]]
     assert len(RaggedPlan.from_slots([torch.arange(10), torch.arange(20, 20 + VIEW_MIN_TOKENS)]).views) == 1
 
 
 def test_padding_of_a_group_is_bounded():
-    plan = RaggedPlan.from_slots([slots_of(n, False, n) for n in (10, 2000, 60, 70, 1990, 900)])
+    plan = RaggedPlan.from_slots([slots_of(n, "scattered", n) for n in (10, 2000, 60, 70, 1990, 900)])
     for group in plan.groups:
         padding = 0 if group.mask is None else int((group.mask == -math.inf).sum(-1).max())
         assert padding <= MAX_PAD_TOKENS
@@ -139,7 +150,7 @@ def test_padding_of_a_group_is_bounded():
 def test_scratch_is_reused_across_plans_without_mixing_results():
     scratch, (k, v), q = Scratch(), pool(torch.float32), queries(2, torch.float32)
     for seed, length in enumerate((300, 20, 450)):
-        slots = [slots_of(length, False, seed), slots_of(length // 2, False, seed + 50)]
+        slots = [slots_of(length, "scattered", seed), slots_of(length // 2, "scattered", seed + 50)]
         o, lse = attend(q, k, v, RaggedPlan.from_slots(slots, scratch=scratch), sm_scale=SCALE)
         check(q, k, v, slots, o, lse)
 
@@ -153,7 +164,7 @@ def test_attend_with_wrong_number_of_rows_raises():
 def test_attend_with_values_narrower_than_keys_equals_the_reference():
     k, v = pool(torch.float32)
     v = v[..., :8].contiguous()
-    slots = [slots_of(30, False, 1), slots_of(0, False, 2), slots_of(250, True, 3)]
+    slots = [slots_of(30, "scattered", 1), slots_of(0, "scattered", 2), slots_of(250, "run", 3)]
     q = queries(3, torch.float32)
     o, lse = attend(q, k, v, RaggedPlan.from_slots(slots), sm_scale=SCALE)
     check(q, k, v, slots, o, lse)
@@ -164,7 +175,7 @@ def test_attend_with_values_narrower_than_keys_equals_the_reference():
 @pytest.mark.parametrize(("prefix_len", "new"), [(0, 1), (0, 37), (1, 1), (300, 1), (299, 33), (5, 130)])
 def test_attend_causal_equals_the_reference(prefix_len, new, contiguous, dtype):
     k_pool, v_pool = pool(dtype)
-    slots = slots_of(prefix_len, contiguous, 5)
+    slots = slots_of(prefix_len, "run" if contiguous else "scattered", 5)
     q = queries(new, dtype)
     k, v = (torch.randn(new, KV_HEADS, HEAD_DIM).to(dtype) for _ in "kv")
     o = attend_causal(q, k, v, k_pool, v_pool, slots, sm_scale=SCALE)

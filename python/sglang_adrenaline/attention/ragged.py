@@ -3,8 +3,9 @@
 `RaggedPlan` holds all that does not depend on the layer: which slots each row attends to, how rows are grouped, masks.
 The decode side builds one per step, the attention executor one per change of its set of requests. `attend` runs one
 layer. PyTorch's flash kernel does the arithmetic (float32 accumulation for every dtype): the queries of one KV head
-stand in for its query length, so grouped heads cost no copies of KV. Rows of similar length share one padded call;
-a long row whose slots are one ascending run is read in place.
+stand in for its query length, so grouped heads cost no copies of KV. Each row's longest ascending run of slots, as a
+prompt leaves it, is read in place; what remains is gathered, rows of similar length sharing one padded call, and the
+two parts are merged.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sglang_adrenaline.attention.merge import merge_rows_
+
 LOG2_E = math.log2(math.e)
 
 VIEW_MIN_TOKENS = 192
-"""Shorter rows are cheaper gathered into a common call than attended to in one of their own."""
+"""Shorter runs are cheaper gathered into a common call than attended to in one of their own."""
 MAX_PAD_TOKENS = 64
 """Most padding a row accepts to share a call: about what a call costs."""
 
@@ -69,6 +72,8 @@ class RaggedPlan:
     num_tokens: int
     views: tuple[_View, ...]
     groups: tuple[_Group, ...]
+    split_views: tuple[_View, ...]  # runs of rows that are in a group as well
+    split_rows: Tensor  # int64, the rows of split_views
     has_empty: bool
     scratch: Scratch
 
@@ -98,49 +103,74 @@ class RaggedPlan:
 
 
 def _build(flat: np.ndarray, lens: np.ndarray, scratch: Scratch) -> RaggedPlan:
-    offsets = np.cumsum(lens) - lens
-    # Jumps in the slot numbers, counted from the left: a row is one run if none lies inside it.
-    jumps = np.concatenate(([0], np.cumsum(np.diff(flat) != 1))) if len(flat) else np.zeros(1, np.int64)
-    views, gathered = [], []
-    for row, (offset, length) in enumerate(zip(offsets.tolist(), lens.tolist(), strict=True)):
-        if length == 0:
-            continue
-        if length >= VIEW_MIN_TOKENS and jumps[offset] == jumps[offset + length - 1]:
-            start = int(flat[offset])
-            views.append(_View(row, start, start + length))
-        else:
-            gathered.append(row)
-    gathered.sort(key=lambda row: lens[row], reverse=True)
+    """flat: the slots of all rows, one row after the other; lens: slots per row."""
+    rows = _Rows(flat, np.cumsum(lens) - lens, lens, np.zeros_like(lens), np.zeros_like(lens))
+    views = rows.take_runs()
+    rest = lens - rows.hole_lens
+    gathered = sorted(np.flatnonzero(rest).tolist(), key=lambda row: rest[row], reverse=True)
     groups, begin = [], 0
     for end in range(1, len(gathered) + 1):
-        if end == len(gathered) or lens[gathered[begin]] - lens[gathered[end]] > MAX_PAD_TOKENS:
-            groups.append(_group(np.array(sorted(gathered[begin:end])), flat, offsets, lens))
+        if end == len(gathered) or rest[gathered[begin]] - rest[gathered[end]] > MAX_PAD_TOKENS:
+            groups.append(rows.group(np.array(sorted(gathered[begin:end]))))
             begin = end
+    split = tuple(view for view in views if rest[view.row])
     return RaggedPlan(
         num_rows=len(lens),
         num_tokens=int(lens.sum()),
-        views=tuple(views),
+        views=tuple(view for view in views if not rest[view.row]),
         groups=tuple(groups),
+        split_views=split,
+        split_rows=torch.tensor([view.row for view in split], dtype=torch.int64),
         has_empty=bool((lens == 0).any()),
         scratch=scratch,
     )
 
 
-def _group(rows: np.ndarray, flat: np.ndarray, offsets: np.ndarray, lens: np.ndarray) -> _Group:
-    last = lens[rows, None] - 1
-    width = int(last.max()) + 1
-    columns = np.arange(width)
-    slots = flat[offsets[rows, None] + np.minimum(columns, last)]
-    mask = None
-    if last.min() + 1 < width:
-        mask = torch.from_numpy(np.where(columns > last, np.float32(-np.inf), np.float32(0)))[:, None, None, :]
-    return _Group(
-        rows=None if len(rows) == len(lens) else torch.from_numpy(rows),
-        count=len(rows),
-        width=width,
-        slots=torch.from_numpy(slots.reshape(-1)),
-        mask=mask,
-    )
+@dataclass(slots=True)
+class _Rows:
+    """Working state of one plan. Row r is flat[offsets[r] : +lens[r]] without its hole, the run read in place."""
+
+    flat: np.ndarray
+    offsets: np.ndarray
+    lens: np.ndarray
+    hole_starts: np.ndarray  # relative to the row
+    hole_lens: np.ndarray
+
+    def take_runs(self) -> list[_View]:
+        """Cut the longest ascending run out of each row that has one worth a call of its own."""
+        long_rows = np.flatnonzero(self.lens >= VIEW_MIN_TOKENS)
+        if not len(long_rows):
+            return []
+        jumps = np.flatnonzero(np.diff(self.flat) != 1) + 1
+        starts = np.unique(np.concatenate((self.offsets[self.lens > 0], jumps)))
+        run_lens = np.diff(starts, append=len(self.flat))
+        views = []
+        for row in long_rows.tolist():
+            offset = self.offsets[row]
+            first, last = np.searchsorted(starts, (offset, offset + self.lens[row]))
+            run = first + int(run_lens[first:last].argmax())
+            if run_lens[run] >= VIEW_MIN_TOKENS:
+                self.hole_starts[row], self.hole_lens[row] = starts[run] - offset, run_lens[run]
+                slot = int(self.flat[starts[run]])
+                views.append(_View(row, slot, slot + int(run_lens[run])))
+        return views
+
+    def group(self, rows: np.ndarray) -> _Group:
+        last = (self.lens - self.hole_lens)[rows, None] - 1
+        width = int(last.max()) + 1
+        columns = np.arange(width)
+        positions = np.minimum(columns, last)
+        positions += np.where(positions >= self.hole_starts[rows, None], self.hole_lens[rows, None], 0)
+        mask = None
+        if last.min() + 1 < width:
+            mask = torch.from_numpy(np.where(columns > last, np.float32(-np.inf), np.float32(0)))[:, None, None, :]
+        return _Group(
+            rows=None if len(rows) == len(self.lens) else torch.from_numpy(rows),
+            count=len(rows),
+            width=width,
+            slots=torch.from_numpy(self.flat[self.offsets[rows, None] + positions].reshape(-1)),
+            mask=mask,
+        )
 
 
 def attend(
@@ -169,8 +199,7 @@ def attend(
     q = q.reshape(*grouped, head_dim)
     for view in plan.views:
         row = slice(view.row, view.row + 1)
-        k, v = k_buffer[view.start : view.stop].unsqueeze(0), v_buffer[view.start : view.stop].unsqueeze(0)
-        o[row], lse[row] = _call(q[row], k, v, None, sm_scale, logit_cap)
+        o[row], lse[row] = _read_in_place(q[row], k_buffer, v_buffer, view, sm_scale, logit_cap)
     for group in plan.groups:
         k = _gather(k_buffer, group, plan.scratch, "k")
         v = _gather(v_buffer, group, plan.scratch, "v")
@@ -180,7 +209,24 @@ def attend(
             lse.copy_(lse_part)
         else:
             o[group.rows], lse[group.rows] = _call(q[group.rows], k, v, group.mask, sm_scale, logit_cap)
-    return o.view(num_rows, num_qo_heads, o.shape[-1]), lse.view(num_rows, num_qo_heads).mul_(LOG2_E)
+    o, lse = o.view(num_rows, num_qo_heads, o.shape[-1]), lse.view(num_rows, num_qo_heads)
+    lse.mul_(LOG2_E)
+    if plan.split_views:
+        parts = [
+            _read_in_place(q[view.row : view.row + 1], k_buffer, v_buffer, view, sm_scale, logit_cap)
+            for view in plan.split_views
+        ]
+        o_part = torch.cat([part[0] for part in parts]).reshape(len(parts), num_qo_heads, -1)
+        lse_part = torch.cat([part[1] for part in parts]).reshape(len(parts), num_qo_heads)
+        merge_rows_(o, lse, o_part, lse_part.mul_(LOG2_E), plan.split_rows)
+    return o, lse
+
+
+def _read_in_place(
+    q: Tensor, k_buffer: Tensor, v_buffer: Tensor, view: _View, sm_scale: float, logit_cap: float
+) -> tuple[Tensor, Tensor]:
+    k, v = k_buffer[view.start : view.stop].unsqueeze(0), v_buffer[view.start : view.stop].unsqueeze(0)
+    return _call(q, k, v, None, sm_scale, logit_cap)
 
 
 def _gather(buffer: Tensor, group: _Group, scratch: Scratch, name: str) -> Tensor:
