@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 HOST = "127.0.0.1"
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 480.0
 STOP_TIMEOUT_S = 15.0
 
 STOCK_PLUGIN_ENV = {"SGLANG_PLUGINS": "adrenaline", "SGLANG_ADRENALINE_CPU_ATTENTION": "upstream"}
