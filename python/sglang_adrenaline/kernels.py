@@ -90,6 +90,26 @@ def wait_and_merge_(endpoint: Tensor, o: Tensor, lse: Tensor, rows: Tensor, lane
     module().wait_and_merge(endpoint, o, lse, rows, lanes, layer)
 
 
+def warm_up(endpoint: Tensor) -> None:
+    """Run every kernel once on an unbound endpoint, where they do nothing.
+
+    CUDA loads a kernel at its first launch, for which it may wait until the device is idle: while another kernel waits
+    for a peer, that is late. For the same reason servers with this channel set CUDA_MODULE_LOADING=EAGER.
+    """
+    import torch
+
+    index = torch.zeros(1, dtype=torch.int32, device=endpoint.device)
+    lse = torch.zeros(1, 1, device=endpoint.device)
+    for head_dim in HEAD_DIMS:
+        for dtype in (torch.float16, torch.bfloat16):
+            rows = torch.zeros(1, 1, head_dim, dtype=dtype, device=endpoint.device)
+            put_queries(endpoint, rows, index, index, 0)
+            wait_and_merge_(endpoint, rows, lse, index, index, 0)
+    put_answers(endpoint, rows, lse, 0)
+    wait_step(endpoint)
+    wait_layer(endpoint, 1)
+
+
 @functools.cache
 def module() -> Any:
     """The loaded library. Raises ChannelError if there is none and it cannot be compiled, or it is another version."""

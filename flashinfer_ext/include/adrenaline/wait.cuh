@@ -1,4 +1,5 @@
-// wait: holds the stream until the peer's call is there; the executor's side of a layer.
+// wait: holds the stream until the peer's call is there; the executor's side of a layer,
+// or decode's where the answer is not merged by wait_and_merge.
 #pragma once
 
 #include "endpoint.cuh"
@@ -47,13 +48,14 @@ __global__ void __launch_bounds__(32) wait_kernel(Endpoint* endpoint, uint32_t l
     wait_for_step(e);
   } else if (e.open != 0) {
     uint64_t waited_ns;
-    wait_for_call(e, e.step * e.num_layers + layer, waited_ns);
+    const bool came = wait_for_call(e, e.step * e.num_layers + layer, waited_ns);
     e.wait_ns += waited_ns;
     e.waits += 1;
     auto* status = at<HostStatus>(e.status);
     if (layer + 1 == e.num_layers) {
       store_relaxed_sys(&status->wait_ns, e.wait_ns);
       store_relaxed_sys(&status->waits, e.waits);
+      if (came && e.own_lse != 0) store_relaxed_sys(&status->steps_done, e.step); // decode's end of a step
     }
   }
 }

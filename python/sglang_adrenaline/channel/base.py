@@ -71,9 +71,9 @@ class ChannelShape(msgspec.Struct, frozen=True, kw_only=True):
 class ChannelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How decode opens the channel that prefill made for it; sent with Welcome."""
 
-    kind: Literal["shm"]
+    kind: Literal["shm", "ipc"]
     address: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-    """Where the channel is, in the kind's own words (`shm`: "PID:FD" of the creator)."""
+    """Where the channel is, in the kind's own words (both: "PID:FD" of the creator)."""
     token: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
     """Random; also stands in the channel's memory, so that a wrong or stale address is noticed."""
     shape: ChannelShape
