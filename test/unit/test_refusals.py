@@ -1,0 +1,213 @@
+"""Every unsupported model and flag is refused in one line that names it; the supported ones pass.
+
+Uses SGLang's own argument parser and model configuration on folders that hold a config.json and no weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_adrenaline import refusals
+from sglang_adrenaline.config import AdrenalineConfig
+from sglang_adrenaline.errors import ConfigError
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+    "torch_dtype": "float32",
+}
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SMALL}
+
+MODELS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "llama": (LLAMA, None),
+    "qwen3": ({**SMALL, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}, None),
+    "mistral without window": (
+        {**SMALL, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+        None,
+    ),
+    "deepseek": (
+        {
+            **SMALL,
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "model_type": "deepseek_v2",
+            "kv_lora_rank": 32,
+            "q_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+        },
+        "MLA",
+    ),
+    "gemma2": (
+        {
+            **SMALL,
+            "architectures": ["Gemma2ForCausalLM"],
+            "model_type": "gemma2",
+            "head_dim": 16,
+            "sliding_window": 64,
+        },
+        "sliding-window",
+    ),
+    "gpt-oss": (
+        {**SMALL, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "head_dim": 16},
+        "attention sinks",
+    ),
+    "falcon-h1": (
+        {**SMALL, "architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "head_dim": 16},
+        "SSM",
+    ),
+    "qwen3-next": (
+        {**SMALL, "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "head_dim": 16},
+        "SSM or linear-attention",
+    ),
+    "whisper": (
+        {
+            "architectures": ["WhisperForConditionalGeneration"],
+            "model_type": "whisper",
+            "d_model": 64,
+            "vocab_size": 1000,
+        },
+        "encoder-decoder",
+    ),
+    "llava": (
+        {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "text_config": {**LLAMA},
+            "vision_config": {"model_type": "clip_vision_model"},
+        },
+        "multimodal",
+    ),
+    "embedding": ({**LLAMA, "architectures": ["LlamaEmbeddingModel"]}, "do not generate"),
+}
+
+FLAGS: dict[str, tuple[list[str], str]] = {
+    "tp": (["--tp-size", "2"], "--tp-size"),
+    "pp": (["--pp-size", "2"], "--pp-size"),
+    "dp": (["--dp-size", "2"], "--dp-size"),
+    "nodes": (["--nnodes", "2", "--dist-init-addr", "127.0.0.1:2000"], "--nnodes"),
+    "hicache": (["--enable-hierarchical-cache"], "--enable-hierarchical-cache"),
+    "kv dtype": (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype fp8_e5m2"),
+    "page size": (["--page-size", "16"], "--page-size"),
+    "tokenizers": (["--tokenizer-worker-num", "2"], "--tokenizer-worker-num"),
+    "backend": (["--attention-backend", "triton"], "attention backend 'triton'"),
+}
+
+
+@pytest.fixture(scope="module")
+def sglang() -> Any:
+    """SGLang's parser and model configuration, with the CPU platform in place as in a server."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_PLUGINS", "adrenaline")
+        patch.delenv("SGLANG_ADRENALINE_CONFIG", raising=False)
+        from sglang.srt import server_args
+        from sglang.srt.configs import model_config
+        from sglang.srt.plugins import load_plugins
+
+        from sglang_adrenaline.transfer.local import register_local_backend
+
+        load_plugins()
+        register_local_backend()
+
+        class Access:
+            @staticmethod
+            def resolve(folder: Path, role: str, *argv: str) -> tuple[Any, Any]:
+                common = ["--model-path", str(folder), "--disaggregation-mode", role, "--skip-tokenizer-init"]
+                common += ["--disaggregation-transfer-backend", "local"]
+                if role == "decode" and "--plain-decode" not in argv:
+                    common.append("--disaggregation-decode-enable-radix-cache")
+                args = server_args.prepare_server_args([*common, *(a for a in argv if a != "--plain-decode")])
+                return args, model_config.ModelConfig.from_server_args(args)
+
+            @staticmethod
+            def model(folder: Path) -> Any:
+                return model_config.ModelConfig(model_path=str(folder))
+
+        yield Access
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Any:
+    def write(config: dict[str, Any]) -> Path:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return write
+
+
+def refusal(sglang: Any, folder: Path, role: str, *argv: str) -> str | None:
+    """The line this server is refused with, or None; the CPU platform may be the first to object."""
+    try:
+        refusals.check(*sglang.resolve(folder, role, *argv), AdrenalineConfig(role=role))
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_check_model(name, sglang, folder):
+    config, why = MODELS[name]
+    model = sglang.model(folder(config))
+    reasons = [text for rule, text in refusals.MODEL_RULES if rule(model)]
+    if why is None:
+        assert reasons == []
+    else:
+        assert any(why in reason for reason in reasons), reasons
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_check_plain_server_passes(role, sglang, folder):
+    assert refusal(sglang, folder(LLAMA), role) is None
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_check_flag(name, sglang, folder):
+    argv, why = FLAGS[name]
+    told = refusal(sglang, folder(LLAMA), "prefill", *argv)
+    assert told is not None and why in told
+
+
+def test_check_prefill_without_radix_cache(sglang, folder):
+    told = refusal(sglang, folder(LLAMA), "prefill", "--disable-radix-cache")
+    assert told is not None and "--disable-radix-cache" in told
+
+
+def test_check_decode_without_radix_cache(sglang, folder):
+    told = refusal(sglang, folder(LLAMA), "decode", "--plain-decode")
+    assert told is not None and "--disaggregation-decode-enable-radix-cache" in told
+
+
+def test_check_names_every_reason_at_once(sglang, folder):
+    argv = ["--tp-size", "2", "--enable-hierarchical-cache", "--kv-cache-dtype", "fp8_e5m2"]
+    told = refusal(sglang, folder(MODELS["gemma2"][0]), "prefill", *argv)
+    for why in ("--tp-size", "--enable-hierarchical-cache", "--kv-cache-dtype", "sliding-window"):
+        assert why in told
+
+
+def test_rules_read_fields_that_this_sglang_has(sglang, folder):
+    server_args, _ = sglang.resolve(folder(LLAMA), "prefill")
+    assert not [text for rule, text in refusals.SERVER_RULES if rule(server_args)]
+    fields = {field.name for field in dataclasses.fields(server_args)}
+    for name in ("speculative_algorithm", "enable_hisparse", "enable_pdmux", "dllm_algorithm", "enable_dp_attention"):
+        assert name in fields
+
+
+def test_check_sglang_version_other_is_refused(monkeypatch):
+    refusals.check_sglang_version()
+    monkeypatch.setattr(refusals, "SUPPORTED_SGLANG", ("0.0.1",))
+    with pytest.raises(
+        ConfigError, match=rf"SGLang {installed_version('sglang')} is not supported; install sglang==0.0.1"
+    ):
+        refusals.check_sglang_version()
