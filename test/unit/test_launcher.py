@@ -233,6 +233,18 @@ def test_remove_shared_memory_takes_files_of_the_dead_only(tmp_path):
         path.unlink(missing_ok=True)
 
 
+def test_shared_memory_finds_files_named_after_a_member(tmp_path):
+    child = started(tmp_path, OBEDIENT, until="up")
+    path = shm_file(f"{child.process.pid}-x")
+    try:
+        path.touch()
+        assert str(path) in groups.shared_memory({child.group})
+    finally:
+        path.unlink()
+        stop_all([child], grace_s=0.0)
+    assert groups.shared_memory({child.group}) == set()
+
+
 def test_error_line_is_the_last_the_child_said(tmp_path):
     code = (
         "import sys; sys.exit('noise\\nsglang_adrenaline: error: first\\nsglang_adrenaline: error: port 1 is in use')"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -38,8 +39,13 @@ def members(groups: Collection[int]) -> Iterator[int]:
 
 
 def shared_memory(groups: Collection[int]) -> set[str]:
-    """Files of /dev/shm that members of `groups` have mapped."""
-    return {path for pid in members(groups) for path in _mapped(str(pid))}
+    """Files of /dev/shm that members of `groups` have mapped, or that carry the process id of one in their name.
+
+    By name: joblib, for one, tries out a semaphore, unmaps it, and leaves its removal to an orderly exit.
+    """
+    pids = {str(pid) for pid in members(groups)}
+    named = {entry.path for entry in os.scandir(_SHM_PREFIX) if pids & set(re.split("[-_.]", entry.name))}
+    return named | {path for pid in pids for path in _mapped(pid)}
 
 
 def remove_shared_memory(paths: Iterable[str]) -> None:
