@@ -73,7 +73,7 @@ class AdrenalineCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     _enum = PlatformEnum.OOT
 
-    def get_device(self, device_id: int | None = 0) -> str:  # type: ignore[override]
+    def get_device(self, device_id: int | None = 0) -> str:
         # The interface says str; the in-tree mixin returns torch.device, which ServerArgs cannot split.
         return "cpu"
 
