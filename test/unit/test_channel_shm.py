@@ -186,7 +186,7 @@ def test_killed_executor_fails_the_wait_within_slices(spawn):
     start = time.monotonic()
     with pytest.raises(PeerLostError, match="process has ended"):
         decode.recv(0)
-    assert time.monotonic() - start < 0.3 + 0.4
+    assert time.monotonic() - start < 1.5
     decode.close()
 
 
@@ -260,7 +260,7 @@ def test_other_thread_wakes_decodes_wait(how):
     start = time.monotonic()
     with pytest.raises(PeerLostError, match="control plane" if how == "abort" else "closed"):
         decode.recv(0)
-    assert time.monotonic() - start < 0.3 + 0.2
+    assert time.monotonic() - start < 1.0
     with pytest.raises(PeerLostError):
         executor.wait_call(5)
     decode.close()
@@ -275,7 +275,7 @@ def test_other_thread_wakes_the_executors_wait(pair, how):
     start = time.monotonic()
     with pytest.raises(PeerLostError, match="shutting down" if how == "abort" else "closed"):
         executor.wait_call(30)
-    assert time.monotonic() - start < 0.3 + 0.2
+    assert time.monotonic() - start < 1.0
     with pytest.raises(PeerLostError):
         decode.begin_step([0])
 
@@ -418,6 +418,25 @@ def test_flag_wraps_around(pair):
             answer(executor, call)
             decode.recv(layer)
     assert executor.steps_done == step > 2**32 // SHAPE.num_layers
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16])
+def test_small_and_large_rows_arrive_whole(rows):
+    """Copies take another way above a size: 1 row is below it, 16 are above."""
+    shape = ChannelShape(lanes=16, num_layers=2, num_qo_heads=32, head_dim=128, v_head_dim=64, dtype="bfloat16")
+    executor = shm.create_executor_end(shape)
+    decode = shm.open_decode_end(executor.spec, wait_timeout=1)
+    decode.begin_step(range(rows))
+    for layer in range(2):
+        q, o, lse = random_q(rows, shape), random_q(rows, shape)[..., :64], torch.randn(rows, 32)
+        decode.send_q(layer, q)
+        call = take(executor)
+        assert torch.equal(call.q, q)
+        executor.answer(call, o, lse)
+        got_o, got_lse = decode.recv(layer)
+        assert torch.equal(got_o, o) and torch.equal(got_lse, lse)
+    decode.close()
+    executor.close()
 
 
 @pytest.mark.parametrize("lanes", [[], [0, 0], [-1], [16], [3, 2, 3]])

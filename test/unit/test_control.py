@@ -530,7 +530,7 @@ def test_killed_server_is_noticed_at_once_and_met_again(stack):
     process.send_signal(signal.SIGKILL)
     start = time.monotonic()
     theirs.wait("lost", timeout=2)
-    assert time.monotonic() - start < 0.5
+    assert time.monotonic() - start < 1.5
     spawn(stack, "server", port)
     theirs.wait("welcome", 2, timeout=20)
 
@@ -543,7 +543,7 @@ def test_killed_client_is_noticed_by_the_next_heartbeat(stack):
     process.send_signal(signal.SIGKILL)
     start = time.monotonic()
     ours.wait("peer_lost", timeout=5)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 2.0
     assert server.peers == []
 
 

@@ -2,8 +2,8 @@
 
 A futex is an aligned 32-bit word: `wait` sleeps while the word has the expected value, `wake` wakes the sleepers. The
 kernel compares and goes to sleep in one step with respect to `wake`, so "store the word, then wake" loses no wake-up.
-Calls go through ctypes, which releases the GIL; `wake` is always called, since knowing that nobody sleeps would need
-a fence that costs more than the call.
+`wait` releases the GIL, `wake` keeps it. `wake` is always called, since knowing that nobody sleeps would need a fence
+that costs more than the call.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ _MEMBARRIER_PRIVATE_EXPEDITED = 1 << 3
 _MEMBARRIER_REGISTER_PRIVATE_EXPEDITED = 1 << 4
 _SEQ_CST = 5
 
-_syscall = ctypes.CDLL(None, use_errno=True).syscall
+_syscall = ctypes.CDLL(None, use_errno=True).syscall  # releases the GIL
 _syscall.restype = ctypes.c_long
+_quick_syscall = ctypes.PyDLL(None).syscall  # keeps it: where other threads compute, getting it back can take long
 _NULL = ctypes.c_void_p(0)
 _WAIT = ctypes.c_int(_FUTEX_WAIT)
 _WAKE = ctypes.c_int(_FUTEX_WAKE)
@@ -68,7 +69,7 @@ class Futex:
 
     def wake(self) -> None:
         """Wake all who sleep on the word, in any process."""
-        _syscall(self._number, self._address, _WAKE, _ALL, _NULL, _NULL, _NULL)
+        _quick_syscall(self._number, self._address, _WAKE, _ALL, _NULL, _NULL, _NULL)
 
 
 def _number(numbers: dict[str, int]) -> int:

@@ -29,7 +29,7 @@ import torch
 from sglang_adrenaline.channel import segment as seg
 from sglang_adrenaline.channel.base import Call, ChannelShape, ChannelSpec
 from sglang_adrenaline.channel.futex import Futex, make_fence
-from sglang_adrenaline.channel.segment import Segment
+from sglang_adrenaline.channel.segment import Room, Segment
 from sglang_adrenaline.errors import ChannelError, PeerLostError
 
 SLICE_S = 0.1
@@ -73,7 +73,7 @@ class _End:
         self._q_futex = Futex(segment.address + seg.Q_FLAG)
         self._a_futex = Futex(segment.address + seg.A_FLAG)
         self._fence = make_fence()
-        self._views: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
+        self._views: dict[int, list[tuple[Room, Room, Room]]] = {}
 
     def abort(self, reason: str) -> None:
         with self._abort_lock:
@@ -106,11 +106,13 @@ class _End:
         if futex.wait(seen, min(timeout_s, SLICE_S)) and segment.peer_died():
             raise PeerLostError(f"{self.peer} is gone: its process has ended")
 
-    def _rows(self, segment: Segment, rows: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Views (q, o, lse) of the first `rows` rows, per parity; made once per number of rows."""
+    def _rows(self, segment: Segment, rows: int) -> list[tuple[Room, Room, Room]]:
+        """The first `rows` rows of q, o and lse, per parity; made once per number of rows."""
         views = self._views.get(rows)
         if views is None:
-            views = [(segment.q[p, :rows], segment.o[p, :rows], segment.lse[p, :rows]) for p in (0, 1)]
+            views = [
+                (Room(segment.q[p, :rows]), Room(segment.o[p, :rows]), Room(segment.lse[p, :rows])) for p in (0, 1)
+            ]
             self._views[rows] = views
         return views
 
@@ -124,7 +126,7 @@ class ShmDecodeEnd(_End):
         self.steps = 0
         self._wait_timeout = wait_timeout
         self._lanes: tuple[int, ...] | None = None
-        self._step_views: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._step_views: list[tuple[Room, Room, Room]] = []
         self._sent = -1
         self._open = False
 
@@ -157,9 +159,7 @@ class ShmDecodeEnd(_End):
                 if self._open
                 else f"q of layer {layer} outside of a step"
             )
-        room = self._step_views[layer & 1][0]
-        _check("q", q, room)
-        room.copy_(q)
+        self._step_views[layer & 1][0].fill("q", q)
         if self._fence:
             self._fence()
         self._sent = layer
@@ -177,7 +177,7 @@ class ShmDecodeEnd(_End):
         if layer == self._num_layers - 1:
             self._open = False
         _, o, lse = self._step_views[layer & 1]
-        return o, lse
+        return o.tensor, lse.tensor
 
     def _wait(self, segment: Segment, layer: int) -> None:
         flag = (self.steps * self._num_layers + layer) & _MASK
@@ -272,7 +272,7 @@ class ShmExecutorEnd(_End):
         if u64[_CLOSED] >= step:
             self._current = 0
             return None
-        return Call(step, layer, self._lanes, self._rows(segment, len(self._lanes))[layer & 1][0])
+        return Call(step, layer, self._lanes, self._rows(segment, len(self._lanes))[layer & 1][0].tensor)
 
     def _read_lanes(self, segment: Segment, step: int) -> tuple[int, ...] | None:
         rows = segment.u64[_ROWS]
@@ -290,10 +290,8 @@ class ShmExecutorEnd(_End):
     def answer(self, call: Call, o: torch.Tensor, lse: torch.Tensor) -> None:
         segment = self._live()
         _, o_room, lse_room = self._rows(segment, len(call.lanes))[call.layer & 1]
-        _check("o", o, o_room)
-        _check("lse", lse, lse_room)
-        o_room.copy_(o)
-        lse_room.copy_(lse)
+        o_room.fill("o", o)
+        lse_room.fill("lse", lse)
         if self._fence:
             self._fence()
         segment.u32[_A] = (call.step * self._num_layers + call.layer) & _MASK
@@ -306,8 +304,3 @@ class ShmExecutorEnd(_End):
 def _check_lanes(lanes: tuple[int, ...], num_lanes: int) -> None:
     if not lanes or min(lanes) < 0 or max(lanes) >= num_lanes or len(set(lanes)) != len(lanes):
         raise ValueError(f"lanes must be distinct numbers in 0..{num_lanes - 1}, at least one, not {lanes}")
-
-
-def _check(name: str, given: torch.Tensor, room: torch.Tensor) -> None:
-    if given.shape != room.shape or given.dtype != room.dtype:
-        raise ValueError(f"{name} must be {tuple(room.shape)} {room.dtype}, not {tuple(given.shape)} {given.dtype}")
