@@ -133,9 +133,10 @@ class Deployment:
         argv = ["-m", "sglang_adrenaline.launch_server", *server.argv, "--adrenaline-key-file", self._key_file]
         if self._model_path is not None:
             argv += ["--model-path", self._model_path]
-        env = {}
-        if "OMP_NUM_THREADS" not in os.environ:
-            env["OMP_NUM_THREADS"] = str(threads_per_server(len(self._plan.servers)))
+        defaults = {"OMP_NUM_THREADS": str(threads_per_server(len(self._plan.servers)))}
+        if self._client_host == self._plan.host:
+            defaults["SGLANG_HOST_IP"] = self._plan.host  # KV transfer listens there, too, and nowhere else
+        env = {name: value for name, value in defaults.items() if name not in os.environ}
         return stages.server_stages(self._start_child(server.name, argv, env), self._client_host, server.port)
 
     def _start_router(self) -> stages.Starting:
