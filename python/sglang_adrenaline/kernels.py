@@ -94,7 +94,7 @@ def warm_up(endpoint: Tensor) -> None:
     """Run every kernel once on an unbound endpoint, where they do nothing.
 
     CUDA loads a kernel at its first launch, for which it may wait until the device is idle: while another kernel waits
-    for a peer, that is late. For the same reason servers with this channel set CUDA_MODULE_LOADING=EAGER.
+    for a peer, that is late, and in one process that plays both ends it is a deadlock.
     """
     import torch
 

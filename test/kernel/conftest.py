@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
-
-# Before CUDA starts: a kernel that is loaded at its first launch may have to wait for one that is waiting for it.
-os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 import pytest
 import torch

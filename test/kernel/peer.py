@@ -8,12 +8,9 @@ MODE: eager, graph, or stall:N (eager, answers nothing from step N on). Exit cod
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
-
-os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 import msgspec
 import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -199,12 +200,14 @@ def test_executor_killed_in_a_step_fails_soon_and_another_one_serves(start, open
     for _ in range(20):
         graph.step(end, offloaded=16)
     graph.check()
+    process.send_signal(signal.SIGSTOP)
+    for _ in range(peer_process.AHEAD + 1):  # its GPU still answers the launches that it is ahead
+        graph.step(end, offloaded=16)
+    assert not wait_for(graph.stream.query, 0.3), "the GPU should wait for the executor now"
     process.kill()
-    process.wait(5.0)
-    with pytest.raises(PeerLostError):  # the step under way, or the one after
-        for _ in range(2):
-            graph.step(end, offloaded=16)
-            assert wait_for(graph.stream.query, 3.0), "the GPU still waits for a dead executor"
+    assert wait_for(graph.stream.query, 8.0), "the GPU still waits for a dead executor"
+    with pytest.raises(PeerLostError):
+        graph.step(end, offloaded=16)
     assert "its process has ended" in str(end.failure)
     assert end.close(timeout_s=5.0), "memory was not freed"
     torch.cuda.synchronize()  # raises if the dead peer's memory took the context down
@@ -249,7 +252,7 @@ def test_decode_killed_ends_the_executor_and_frees_its_memory(start, opened, pee
     killed = time.monotonic()
     with pytest.raises(PeerLostError, match="its process has ended"):
         serve_until(lambda: False)
-    assert time.monotonic() - killed < 3.0
+    assert time.monotonic() - killed < 8.0
     assert end.close(timeout_s=5.0), "memory was not freed"
     torch.cuda.synchronize()
 
