@@ -153,6 +153,11 @@ def pool_free_tokens(scheduler: Scheduler) -> int:
     return scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
 
 
+def pool_locked_tokens(scheduler: Scheduler) -> int:
+    """Tokens of the radix tree that may not be evicted."""
+    return scheduler.tree_cache.protected_size()
+
+
 def kv_buffers(scheduler: Scheduler) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(k, v) [num_slots, num_kv_heads, head_dim] of each layer, in place."""
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()

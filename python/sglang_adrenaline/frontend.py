@@ -25,7 +25,7 @@ async def read_status(tokenizer_manager: Any) -> dict[str, Any]:
 class RoomSplitter:
     """Gives each of the requests that SGLang makes of one request with n > 1 a bootstrap room of its own.
 
-    SGLang sends them all, prefill and decode server in the same order, under the room of the whole: rooms would collide.
+    SGLang sends them all, on both servers in the same order, under the room of the whole: rooms would collide.
     The k-th one's room follows from the whole's, so that both servers find the same number without talking.
     """
 

@@ -30,7 +30,12 @@ _MAX_POOL_TOKENS = 65_536
 _MAX_RUNNING_REQUESTS = 256
 
 # Early sending of a cached prefix records a torch.cuda.Event; there is no CPU stand-in for it.
-_ENV_DEFAULTS = {"SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0"}
+# Before it dies of an error, a server waits a minute for dumps of GPUs that are not there.
+_ENV_DEFAULTS = {
+    "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+    "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
+}
 
 
 def activate() -> str | None:
@@ -151,6 +156,7 @@ class AdrenalineCpuPlatform(CpuDeviceMixin, SRTPlatform):
             torch.set_num_threads(min(torch.get_num_threads(), cpu_info.usable_cores()))
         if cpu_info.is_arm64():
             _define_arm_thread_ops()
+        _register_grammar()
         choice = os.environ.get(ATTENTION_ENV, "adrenaline")
         if choice not in ("adrenaline", "upstream"):
             raise ConfigError(f"{ATTENTION_ENV} must be adrenaline or upstream, not {choice!r}")
@@ -171,6 +177,12 @@ def _register_attention() -> None:
     current = attention_registry.ATTENTION_BACKENDS["torch_native"]
     if current.__module__ == attention_registry.__name__:
         attention_registry.register_attention_backend("torch_native")(_create_attention)
+
+
+def _register_grammar() -> None:
+    from sglang_adrenaline.grammar_cpu import register_cpu_grammar
+
+    register_cpu_grammar()
 
 
 def _create_attention(runner: Any) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from sglang_adrenaline.transfer import process_vm
 from sglang_adrenaline.transfer.process_vm import IOV_MAX, ProcessVmEngine, Session
 
@@ -235,6 +236,7 @@ def test_descriptors_of_dead_sessions_are_closed_when_new_ones_come(engine, rece
 def test_backend_local_is_known_to_sglang():
     from sglang.srt.disaggregation.utils import KVClassType, TransferBackend, get_kv_class
     from sglang.srt.server_args import DISAGG_TRANSFER_BACKEND_CHOICES
+
     from sglang_adrenaline.errors import ConfigError
     from sglang_adrenaline.transfer import local
 

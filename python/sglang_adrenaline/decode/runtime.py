@@ -70,7 +70,7 @@ class DecodeRuntime:
         self._settings = policy.Settings(self.config.offload_ratio, self.config.min_offload_tokens, pool.page_size)
         self._shape = local_model_shape(scheduler)
         self._rank = compat.rank(scheduler)
-        self._page_size = pool.page_size
+        self._pool = pool
 
     def _hello(self) -> messages.Hello:
         return messages.Hello(
@@ -82,7 +82,7 @@ class DecodeRuntime:
             host_id=host_id(),
             tp_rank=self._rank.tp_rank,
             tp_size=self._rank.tp_size,
-            page_size=self._page_size,
+            page_size=self._pool.page_size,
             lanes_wanted=self.config.lanes,
         )
 
@@ -314,7 +314,12 @@ class DecodeRuntime:
             "offload_ratio": self.config.offload_ratio,
             "peers": [peer.status() for peer in self._peers.values()],
             "running": {"local": len(running) - num_remote, "offloaded": num_remote},
-            "tokens": {"remote": sum(offload.remote_prefix_len for offload in remote)},
+            "tokens": {
+                "remote": sum(offload.remote_prefix_len for offload in remote),
+                "free": compat.pool_free_tokens(self._scheduler),
+                "locked": compat.pool_locked_tokens(self._scheduler),
+                "pool": self._pool.tokens,
+            },
             "lanes_in_use": sum(offload.state is OffloadState.READY for offload in remote),
             "steps": steps,
             "totals": {"local": self.local_total, "offloaded": self.offloaded_total, "failed": self.failed_total},

@@ -7,6 +7,7 @@ answered while a long prompt is being computed; the radix tree is touched by the
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 import uuid
@@ -29,6 +30,7 @@ from sglang_adrenaline.prefill.pins import NackReason, Pin, PinTable
 logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 1.0
+SWITCH_INTERVAL_S = 1e-4
 
 
 @dataclass
@@ -79,6 +81,8 @@ class PrefillRuntime:
         self.pins = PinTable(
             pool_tokens=self._pool.tokens, num_slots=self._pool.num_slots, max_fraction=self.config.max_pinned_fraction
         )
+        # After each wake-up an executor must get the GIL from this thread, which otherwise keeps it for up to 5 ms.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         if self.config.key_file is None:
             logger.warning("no --adrenaline-key-file: no decode server can offload to this one")
             return
@@ -286,6 +290,7 @@ class PrefillRuntime:
                 "pinned": counts.pinned_tokens,
                 "reserved": counts.reserved_tokens,
                 "free": compat.pool_free_tokens(self._scheduler),
+                "locked": compat.pool_locked_tokens(self._scheduler),
                 "pool": self._pool.tokens,
             },
             "pinned_tokens": counts.pinned_tokens,
