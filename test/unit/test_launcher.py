@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from sglang_adrenaline.errors import ConfigError
 from sglang_adrenaline.launcher import groups, options, ports
 from sglang_adrenaline.launcher.model import check_model_path
 from sglang_adrenaline.launcher.processes import PARENT_ENV, Child, start_child, stop_all
+from sglang_adrenaline.launcher.server_entry import one_line_errors
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
@@ -139,6 +141,21 @@ def test_command_bad_input_is_one_line_and_exit_code_1(argv):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("sglang_adrenaline: error: ") and done.stderr.count("\n") == 1
+
+
+def test_one_line_errors_whatever_goes_wrong_is_one_line():
+    def unknown_flag() -> None:
+        argparse.ArgumentParser().parse_args(["--no-such-flag"])
+
+    def unreadable() -> None:
+        raise OSError("no such model\nlook here\nand there")
+
+    for act, text in ((unknown_flag, "unrecognized arguments: --no-such-flag"), (unreadable, "no such model")):
+        with pytest.raises(ConfigError) as caught, one_line_errors():
+            act()
+        assert str(caught.value) == text
+    with pytest.raises(SystemExit):  # outside, argparse is what it was
+        unknown_flag()
 
 
 def test_command_help_tells_of_sglangs_arguments():

@@ -5,12 +5,12 @@ Everything up to the checks ends in one line (ConfigError); from `run_server` on
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from sglang_adrenaline import refusals
 from sglang_adrenaline.config import CONFIG_ENV, AdrenalineConfig, Role
@@ -35,7 +35,7 @@ def run(argv: list[str], role: Role) -> None:
         load_key_file(config.key_file)
     os.environ[CONFIG_ENV] = config.to_json()
     os.environ.setdefault("SGLANG_PLUGINS", "adrenaline")  # plugins of other packages stay out
-    with _one_line_errors():
+    with one_line_errors():
         server_args, model_config = _resolve(_with_defaults(sglang_argv, role))
     refusals.check(server_args, model_config, config)
     _check_ports(server_args, config)
@@ -74,38 +74,30 @@ def _resolve(argv: list[str]) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """Turn whatever SGLang says about bad arguments or an unreadable model into one ConfigError."""
-    usage = io.StringIO()
     try:
-        with contextlib.redirect_stderr(_Tee(usage)):
+        with _parsers_raise():
             yield
     except AdrenalineError:
         raise
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        message = usage.getvalue().rpartition("error: ")[2] or str(stop.code)
-        raise ConfigError(_first_line(message)) from None
     except Exception as error:
         raise ConfigError(_first_line(str(error)) or repr(error)) from error
 
 
-class _Tee(io.TextIOBase):
-    """Standard error for the time of the checks: passes log lines on, keeps argparse's usage text to itself."""
+@contextlib.contextmanager
+def _parsers_raise() -> Iterator[None]:
+    """For the time of the checks, no argparse parser prints its usage (SGLang's is 1,000 lines) and leaves."""
+    original = argparse.ArgumentParser.error
 
-    def __init__(self, kept: io.StringIO) -> None:
-        self._kept = kept
-        self._stderr = sys.stderr
+    def error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+        raise ConfigError(message)
 
-    def write(self, text: str) -> int:
-        self._kept.write(text)
-        if not text.startswith("usage: ") and ": error: " not in text:
-            self._stderr.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._stderr.flush()
+    argparse.ArgumentParser.error = error  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.error = original  # type: ignore[method-assign]
 
 
 def _first_line(text: str) -> str:
