@@ -88,16 +88,17 @@ def one_line_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def _parsers_raise() -> Iterator[None]:
     """For the time of the checks, no argparse parser prints its usage (SGLang's is 1,000 lines) and leaves."""
-    original = argparse.ArgumentParser.error
+    parser_class: Any = argparse.ArgumentParser
+    original = parser_class.error
 
     def error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
         raise ConfigError(message)
 
-    argparse.ArgumentParser.error = error  # type: ignore[method-assign]
+    parser_class.error = error
     try:
         yield
     finally:
-        argparse.ArgumentParser.error = original  # type: ignore[method-assign]
+        parser_class.error = original
 
 
 def _first_line(text: str) -> str:
