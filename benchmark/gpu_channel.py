@@ -8,6 +8,7 @@ its lse back, and computes nothing. Columns, medians over replays of a 32-layer 
 
     round trip       put, wait_and_merge against wait, put_answers
     behind 20 us     the same with 20 us of other work between put and merge, less those: what the layer costs if hidden
+    forked           the same with the put on a branch of the graph, beside those 20 us
     exposed wait     time that the merge then still waited, measured by the kernel (mean)
     put, merge       the decode kernels by themselves, the answer being there already
 """
@@ -91,14 +92,18 @@ class Decode:
     def merge(self, layer: int) -> None:
         kernels.wait_and_merge_(self.words, self.o[layer], self.lse[layer], self.index, self.index, layer)
 
-    def capture(self, *, put: bool, merge: bool, sleep_cycles: int = 0) -> torch.cuda.CUDAGraph:
+    def capture(self, *, put: bool, merge: bool, sleep_cycles: int = 0, forked: bool = False) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
+            branch = torch.cuda.Stream() if forked else self.stream
             for layer in range(LAYERS):
+                branch.wait_stream(self.stream)
                 if put:
-                    self.put(layer)
+                    with torch.cuda.stream(branch):
+                        self.put(layer)
                 if sleep_cycles:
                     torch.cuda._sleep(sleep_cycles)
+                self.stream.wait_stream(branch)
                 if merge:
                     self.merge(layer)
         return graph
@@ -166,6 +171,8 @@ def bench(rows: int, replays: int, gpu: int) -> dict[str, float]:
         result["hidden_us"] = decode.per_layer_us(hidden, begins=True) - local_us
         result["exposed_wait_us"] = (decode.waits()[0] - wait_s) * 1e6 / (decode.waits()[1] - waits)
         result["round_trip_wait_us"] = wait_s * 1e6 / waits
+        forked = decode.capture(put=True, merge=True, sleep_cycles=cycles, forked=True)
+        result["forked_us"] = decode.per_layer_us(forked, begins=True) - local_us
         result["put_us"] = decode.per_layer_us(decode.capture(put=True, merge=False), begins=True, ends=False)
         result["merge_us"] = decode.per_layer_us(decode.capture(put=False, merge=True), begins=False)
         if not end.close(timeout_s=10.0):
@@ -192,14 +199,14 @@ def main() -> None:
     gpu = min(1, torch.cuda.device_count() - 1)
     names = f"GPU 0 {torch.cuda.get_device_name(0)}, executor on GPU {gpu}"
     print(f"{names}; torch {torch.__version__}; {LAYERS} layers, {HEADS} heads x {HEAD_DIM}, bf16; us a layer")
-    print("| rows | each way | round trip | behind 20 us | exposed wait | put | merge |\n|---|---|---|---|---|---|---|")
+    print("| rows | each way | round trip | behind 20 us | exposed wait | forked | put | merge |" + "\n|" + "---|" * 8)
     results = []
     for rows in args.rows:
         r = bench(rows, args.replays, gpu)
         results.append(r)
         print(
             f"| {rows} | {r['kib']:.0f} KiB | {r['round_trip_us']:.1f} | {r['hidden_us']:.1f} "
-            f"| {r['exposed_wait_us']:.2f} | {r['put_us']:.1f} | {r['merge_us']:.1f} |",
+            f"| {r['exposed_wait_us']:.2f} | {r['forked_us']:.1f} | {r['put_us']:.1f} | {r['merge_us']:.1f} |",
             flush=True,
         )
     if args.json:

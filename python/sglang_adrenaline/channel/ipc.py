@@ -140,7 +140,7 @@ class IpcDecodeEnd(IpcEnd):
         """As in `base`; None = the lanes are in tensors that the step's kernels read, any lane may be among them."""
         self.bind()
         lanes = self._all_lanes if lanes is None else tuple(lanes)
-        if lanes is not self._all_lanes and lanes != self._lanes:
+        if lanes is not self._all_lanes and (lanes != self._lanes or not lanes):
             if not lanes or min(lanes) < 0 or max(lanes) >= self.shape.lanes or len(set(lanes)) != len(lanes):
                 raise ValueError(f"lanes must be distinct, in 0..{self.shape.lanes - 1}, at least one, not {lanes}")
             pinned = torch.tensor(lanes, dtype=torch.int32).pin_memory()

@@ -15,7 +15,10 @@ from sglang_adrenaline.channel.ipc_words import ENDPOINT_WORDS, Endpoint
 
 
 class IpcEndpoint:
-    """words: int64 [ENDPOINT_WORDS] on the device, what `kernels` takes. All its kernels must run on one stream."""
+    """words: int64 [ENDPOINT_WORDS] on the device, what `kernels` takes.
+
+    Its kernels must run one after the other, as on one stream: on a fork of it, join before the next one.
+    """
 
     def __init__(self, device: int) -> None:
         self.device = device
