@@ -239,3 +239,26 @@ def _is_ours(thing: object) -> bool:
 
 def _full(hook: Hook) -> str:
     return f"sglang.srt.{hook.target}"
+
+
+def as_markdown() -> str:
+    """The table as `docs/touch-points.md`."""
+    rows = "\n".join(f"| {h.where} | `{h.target}` | {h.kind} | {h.why} |" for h in HOOKS)
+    return f"""# Where SGLang is touched
+
+Written by `python -m sglang_adrenaline.hooks`, from the table there; a test keeps both equal. Targets are below
+`sglang.srt`, of SGLang 0.5.17. Hooks go through SGLang's own registry; every process verifies that its hooks applied
+and ends with one line if not. Places: *frontend* is the HTTP process of both roles, *transfer* every process of a
+server with the backend `local`, *scheduler* the scheduler of both roles, *prefill* and *decode* that of one role.
+
+| where | target | how | why |
+|---|---|---|---|
+{rows}
+
+Public registries, no hooks: entry points `sglang.srt.plugins` and `sglang.srt.platforms`; the registry of attention
+backends (name `torch_native` on CPUs), that of grammar backends (`xgrammar` on CPUs), the choices of transfer backends.
+"""
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")
