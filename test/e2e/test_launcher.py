@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -32,30 +33,39 @@ def post(url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         return error.code, json.load(error)
 
 
-def processes(marker: str) -> dict[int, list[str]]:
-    """Living processes that carry `marker` in their environment: pid -> fields of /proc/PID/stat from the state on."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if marker.encode() in (entry / "environ").read_bytes():
+class Family:
+    """The processes of one launch: those that carry its mark in their environment, and their sessions' members.
+
+    SGLang's processes overwrite their environment with a title, so the sessions of marked ones are remembered.
+    """
+
+    def __init__(self) -> None:
+        self.name, self.value = "ADRENALINE_TEST_MARK", f"{os.getpid()}-{time.monotonic_ns()}"
+        self._sessions: set[int] = set()
+
+    def members(self) -> dict[int, list[str]]:
+        """Living processes: pid -> fields of /proc/PID/stat from the state on."""
+        living, marked = {}, set()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
                     fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
                     if fields[0] not in "ZX":
-                        found[int(entry.name)] = fields
-            except OSError:
-                continue
-    return found
+                        living[int(entry.name)] = fields
+                        if f"{self.name}={self.value}".encode() in (entry / "environ").read_bytes():
+                            marked.add(int(entry.name))
+        self._sessions |= {int(living[pid][3]) for pid in marked} - {os.getsid(0)}
+        return {pid: f for pid, f in living.items() if pid in marked or int(f[3]) in self._sessions}
 
-
-def cpu_seconds(marker: str) -> float:
-    return sum(int(fields[11]) + int(fields[12]) for fields in processes(marker).values()) / CLOCK_TICKS
+    def cpu_seconds(self) -> float:
+        return sum(int(fields[11]) + int(fields[12]) for fields in self.members().values()) / CLOCK_TICKS
 
 
 class Launch:
     """The launcher as a user starts it: a child of this test, recognised with all its offspring by its environment."""
 
     def __init__(self, folder: Path, model: Path, *args: str) -> None:
-        self.marker = f"ADRENALINE_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
+        self.family = Family()
         self.output = folder / "launcher.out"
         self.logs = folder / "logs"
         router, prefill, decode = servers.free_ports(3)
@@ -64,10 +74,12 @@ class Launch:
         ports = ("--port", str(router), "--prefill-port", str(prefill), "--decode-port", str(decode))
         command = [sys.executable, "-m", "sglang_adrenaline.launch_server", "--log-dir", str(self.logs)]
         command += ["--model-path", str(model), *ports, *args]
-        name, _, value = self.marker.partition("=")
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=output, env=os.environ | servers.STRICT_ENV | {name: value}
+                command,
+                stdout=output,
+                stderr=output,
+                env=os.environ | servers.STRICT_ENV | {self.family.name: self.family.value},
             )
 
     @property
@@ -80,7 +92,7 @@ class Launch:
 
     def note_shared_memory(self) -> None:
         """Remember the files of /dev/shm that our processes have mapped or put their number in the name of."""
-        for pid in processes(self.marker):
+        for pid in self.family.members():
             self.shared_memory |= {name for name in os.listdir("/dev/shm") if str(pid) in re.split("[-_.]", name)}
             try:
                 maps = Path(f"/proc/{pid}/maps").read_text()
@@ -90,16 +102,14 @@ class Launch:
 
     def wait_gone(self, timeout_s: float) -> None:
         """All processes of the launch have ended, and so has the shared memory that came with them."""
-        servers.wait_until(lambda: not processes(self.marker), timeout_s, f"no process left of {self.output}")
+        servers.wait_until(lambda: not self.family.members(), timeout_s, f"no process left of {self.output}")
         servers.wait_until(lambda: not self.shared_memory & set(os.listdir("/dev/shm")), 10, "no shared memory left")
 
     def end(self) -> None:
         """Whatever a failed test left."""
-        for pid in processes(self.marker):
-            try:
+        for pid in self.family.members():
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         self.process.wait(10)
 
 
@@ -145,14 +155,16 @@ def test_launch_serves_idles_and_stops_when_a_child_dies(launches):
     assert "remote_prefix_len" in json.dumps(refused)
 
     time.sleep(3)  # let the last request's bookkeeping end
-    before, started = cpu_seconds(launch.marker), time.monotonic()
+    names = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in launch.family.members()]
+    assert sum("sglang::sched" in name for name in names) == 2, names
+    before, started = launch.family.cpu_seconds(), time.monotonic()
     time.sleep(15)
-    used = (cpu_seconds(launch.marker) - before) / (time.monotonic() - started)
+    used = (launch.family.cpu_seconds() - before) / (time.monotonic() - started)
     assert used < 0.05, f"idle servers use {used:.1%} of a core"
 
     launch.note_shared_memory()
     assert launch.shared_memory, "SGLang keeps its load statistics there"
-    (scheduler,) = (pid for pid in processes(launch.marker) if _is_scheduler_of(pid, launch))
+    (scheduler,) = (pid for pid in launch.family.members() if _is_scheduler_of(pid, launch))
     os.kill(scheduler, signal.SIGKILL)
     assert launch.process.wait(60) == 1
     last = launch.text.splitlines()[-1]
