@@ -61,7 +61,7 @@ def is_warmup(req: Req) -> bool:
 
 
 def bootstrap_address(req: Req) -> tuple[str, int]:
-    return req.bootstrap_host, int(req.bootstrap_port)
+    return req.bootstrap_host.strip("[]"), int(req.bootstrap_port)
 
 
 def finish_with_error(req: Req, message: str) -> None:

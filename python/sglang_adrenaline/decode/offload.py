@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ class Offload:
     """When the KV transfer was first seen to be done; seconds, monotonic, 0 = not yet."""
     retracting: bool = False
     """The row is released for a retraction, not for good."""
-    ended: bool = field(default=False)
 
     @property
     def undecided(self) -> bool:

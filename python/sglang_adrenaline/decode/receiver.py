@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 
+from sglang_adrenaline import compat
 from sglang_adrenaline.decode.offload import Offload, OffloadState
 
 if TYPE_CHECKING:
@@ -58,5 +59,5 @@ class GatedReceiver:
     def clear(self) -> None:
         """Called when the transfer is over, well or badly. Without a KV row nothing else would end the offload."""
         self._inner.clear()
-        if self._offload.req.req_pool_idx is None:
+        if compat.row(self._offload.req) is None:
             self._runtime.end(self._offload)

@@ -29,6 +29,7 @@ CONNECT_WAIT_S = 2.0
 FORCED_CONNECT_WAIT_S = 10.0
 """The same for a request that names its split."""
 OFFER_WAIT_S = 5.0
+MAX_PEERS = 64
 READY_WAIT_S = 10.0
 """Between the arrival of the transfer and the word that the prefix is pinned."""
 
@@ -94,12 +95,15 @@ class DecodeRuntime:
         if compat.is_warmup(req) or room is None or not 0 <= room <= messages.MAX_ROOM:
             return None
         assert self._settings is not None
-        wish = policy.requested_prefix_len(compat.custom_params(req), length)
+        try:
+            wish = policy.requested_prefix_len(compat.custom_params(req), length)
+        except ValueError:  # the front end let it pass, so the prompt was cut since: then for this prompt's whole
+            wish = policy.WHOLE_PROMPT
         remote, self._policy = policy.decide(self._policy, length, wish, self._settings)
-        if remote == 0 or self._keys is None or room in self._offloads:
+        address = compat.bootstrap_address(req)
+        if remote == 0 or room in self._offloads or not self._has_peer(address):
             self.local_total += 1
             return None
-        address = compat.bootstrap_address(req)
         offload = Offload(
             req=req,
             room=room,
@@ -110,25 +114,36 @@ class DecodeRuntime:
             forced=wish is not None,
         )
         self._offloads[room] = offload
-        self._peer(address)
         self.advance(offload)
         return offload
 
-    def _peer(self, address: Address) -> Peer:
-        peer = self._peers.get(address)
-        if peer is None:
-            assert self._keys is not None
-            peer = self._peers[address] = Peer(
-                address,
-                address[1] + self.config.control_port_offset + self._rank.tp_rank,
-                self.config,
-                self._keys,
-                hello=self._hello,
-                new_index=self._new_index,
-                on_message=self._on_message,
-                on_lost=self._on_lost,
-            )
-        return peer
+    def _has_peer(self, address: Address) -> bool:
+        """Whether the prefill instance at this bootstrap address can be asked; begins to connect to a new one.
+
+        Addresses come with requests, so their number is bounded: an idle stranger makes room for a new address.
+        """
+        if address in self._peers:
+            return True
+        port = address[1] + self.config.control_port_offset + self._rank.tp_rank
+        if self._keys is None or not 0 < port < 65_536:
+            return False
+        if len(self._peers) >= MAX_PEERS:
+            used = {offload.address for offload in self._offloads.values()}
+            idle = [a for a, peer in self._peers.items() if peer.link is None and a not in used]
+            if not idle:
+                return False
+            self._peers.pop(idle[0]).close()
+        self._peers[address] = Peer(
+            address,
+            port,
+            self.config,
+            self._keys,
+            hello=self._hello,
+            new_index=self._new_index,
+            on_message=self._on_message,
+            on_lost=self._on_lost,
+        )
+        return True
 
     def advance(self, offload: Offload) -> None:
         """Called at every poll of the request while its transfer is being prepared or under way."""
@@ -145,10 +160,6 @@ class DecodeRuntime:
             assert offload.link is not None
             offload.link.send(messages.End(room=offload.room, last_step=0))
             self._stay_local(offload, "no_answer")
-        if offload.state is OffloadState.LOCAL and offload.room in self._offloads:
-            # The control thread refused it.
-            self.local_total += 1
-            del self._offloads[offload.room]
 
     def _offer(self, offload: Offload, link: Link) -> None:
         offload.link = link
@@ -209,10 +220,9 @@ class DecodeRuntime:
             self.end(offload)
 
     def end(self, offload: Offload) -> None:
-        if offload.ended:
+        """The request is over: let prefill unpin. Idempotent."""
+        if self._offloads.pop(offload.room, None) is None:
             return
-        offload.ended = True
-        self._offloads.pop(offload.room, None)
         if offload.link is not None and offload.state is not OffloadState.LOCAL:
             offload.link.send(messages.End(room=offload.room, last_step=offload.link.channel.steps))
         if offload.state is OffloadState.FAILED:
@@ -232,7 +242,10 @@ class DecodeRuntime:
     def pump(self) -> None:
         """Once a scheduler loop, before the queues are looked at."""
         for offload in list(self._offloads.values()):
-            if offload.state is OffloadState.FAILED:
+            if offload.state is OffloadState.LOCAL:  # refused; stock behaviour from here on
+                self.local_total += 1
+                del self._offloads[offload.room]
+            elif offload.state is OffloadState.FAILED:
                 self._fail_now(offload)
             elif offload.retracting and compat.row(offload.req) is None:
                 if not compat.is_retracted_and_waiting(self._scheduler, offload.req):
