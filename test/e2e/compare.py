@@ -151,5 +151,7 @@ async def _generate_all(
         return [Answer.of(item) for item in (body if isinstance(body, list) else [body])]
 
     timeout = aiohttp.ClientTimeout(total=timeout_s)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(
+        timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)
+    ) as session:
         return list(await asyncio.gather(*(one(session, payload) for payload in payloads)))

@@ -6,7 +6,6 @@ serve all of them at a time.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,10 +43,9 @@ def pytest_runtest_makereport(item, call):
 
 
 @pytest.fixture(scope="session")
-def logs() -> Iterator[Path]:
-    """Folder for server logs and key files; its name is shown with the logs of a failing test."""
-    with tempfile.TemporaryDirectory(prefix="adrenaline-test-") as folder:
-        yield Path(folder)
+def logs(tmp_path_factory) -> Path:
+    """Folder for server logs and key files; pytest keeps it for a while after the session."""
+    return tmp_path_factory.mktemp("server-logs")
 
 
 @pytest.fixture(scope="session")
@@ -132,6 +130,8 @@ class _watched:  # noqa: N801 - used as a keyword would be
         return self._group
 
     def __exit__(self, *exc: object) -> None:
+        if exc[0] is not None:
+            print(self._group.logs())
         self._group.stop()
         _running.remove(self._group)
 

@@ -29,7 +29,9 @@ from typing import Any
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 480.0
-STOP_TIMEOUT_S = 15.0
+STOP_TIMEOUT_S = 5.0
+"""What servers get to end by themselves."""
+KILL_TIMEOUT_S = 15.0
 
 STOCK_PLUGIN_ENV = {"SGLANG_PLUGINS": "adrenaline", "SGLANG_ADRENALINE_CPU_ATTENTION": "upstream"}
 """Our package gives stock servers the CPU platform, nothing else: attention is SGLang's own."""
@@ -124,29 +126,31 @@ class Server:
         if self.process is None:
             return
         _signal_group(self.process.pid, signal.SIGKILL)
-        self._reap(STOP_TIMEOUT_S)
-
-    def stop(self) -> None:
-        """SIGTERM, then SIGKILL to whatever of the process group is left."""
-        if self.process is None:
-            return
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_TIMEOUT_S)
-        self.kill()
-
-    def _reap(self, timeout_s: float) -> None:
-        assert self.process is not None
-        self.process.wait(timeout_s)
-        deadline = time.monotonic() + timeout_s
+        self.process.wait(KILL_TIMEOUT_S)
+        deadline = time.monotonic() + KILL_TIMEOUT_S
         while members := session_members(self.process.pid):
             if time.monotonic() > deadline:
                 raise ServerError(f"{self.name}: processes {members} outlive it")
-            _signal_group(self.process.pid, signal.SIGKILL)
+            for pid in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
         self.process = None
+
+    def terminate(self) -> None:
+        if self.alive():
+            assert self.process is not None
+            self.process.terminate()
+
+    def stop(self, deadline: float | None = None) -> None:
+        """SIGTERM; after `deadline` (of `time.monotonic`) SIGKILL to whatever of its session is left."""
+        if self.process is None:
+            return
+        self.terminate()
+        left = (deadline or time.monotonic() + STOP_TIMEOUT_S) - time.monotonic()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, left))
+        self.kill()
 
     def log_end(self, lines: int = 60) -> str:
         text = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
@@ -199,9 +203,12 @@ class Group:
 
     def stop(self) -> None:
         errors = []
-        for server in reversed(self.servers.values()):
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for server in self.servers.values():
+            server.terminate()
+        for server in self.servers.values():
             try:
-                server.stop()
+                server.stop(deadline)
             except (ServerError, subprocess.TimeoutExpired) as error:
                 errors.append(str(error))
         if errors:
