@@ -91,7 +91,7 @@ def test_mixed_requests_with_aborts_leave_nothing_behind(deployment):
 
 
 @contextlib.contextmanager
-def pinned_request(group: Group, tokens: int = 400) -> Iterator[dict]:
+def pinned_request(group: Group, tokens: int = 3000) -> Iterator[dict]:
     """An offloaded request that decodes while the block runs; its answer is in the dict afterwards."""
     payload = with_split(
         {"input_ids": prompt(77, 300), "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True}}, -1
@@ -121,7 +121,7 @@ def test_memory_operations_while_pinned_are_refused_and_harm_nothing(deployment)
         assert updated.status_code == 400 and "pinned" in updated.text
         assert deployment.status("prefill")["pinned_tokens"] == 300
     assert result["status"] == 200
-    assert result["body"]["meta_info"]["completion_tokens"] == 400
+    assert result["body"]["meta_info"]["completion_tokens"] == 3000
     wait_for_nothing_left(deployment)
     assert requests.post(f"{prefill}/flush_cache", timeout=30).status_code == 200
 
