@@ -81,7 +81,7 @@ def add_status_route() -> None:
     async def adrenaline_status() -> JSONResponse:
         try:
             return JSONResponse(await read_status(http_server.get_global_state().tokenizer_manager))
-        except (TimeoutError, asyncio.TimeoutError):
+        except TimeoutError:
             error = {"error": f"the scheduler did not answer within {STATUS_TIMEOUT_S:g} s"}
             return JSONResponse(error, status_code=503)
 

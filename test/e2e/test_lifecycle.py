@@ -56,7 +56,7 @@ async def _send_and_leave(session: aiohttp.ClientSession, url: str, payload: dic
 
     try:
         return await asyncio.wait_for(read(), stay_s)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         return 0
 
 

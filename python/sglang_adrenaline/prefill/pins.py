@@ -34,7 +34,7 @@ class PinState(enum.Enum):
     CANCELLED = "cancelled"
 
 
-class NackReason(str, enum.Enum):
+class NackReason(enum.StrEnum):
     """Why an offer was refused; the values travel in messages and are metric labels."""
 
     NO_LANE = "no_lane"
