@@ -1,8 +1,8 @@
-"""What the attention executor costs prefill: prompt tokens per second with and without decode load on the same servers.
+"""What the attention executor costs prefill: prompt tokens/s with and without decode load on the same servers.
 
-Three rounds on one deployment of ours: nothing decodes; local requests decode; the same requests decode with their whole
-prompts on the prefill side. The difference of the last two is the executor's; that of the first two is what two servers on
-one machine cost each other anyway.
+Three rounds on one deployment of ours: nothing decodes; local requests decode; the same requests decode with their
+whole prompts on the prefill side. The difference of the last two is the executor's; that of the first two is what two
+servers on one machine cost each other anyway.
 """
 
 from __future__ import annotations
