@@ -37,6 +37,10 @@ class Case:
     payload: Mapping[str, Any]
     prompt_len: int
 
+    @property
+    def choices(self) -> int:
+        return int(self.payload["sampling_params"].get("n", 1))
+
 
 def prompt(seed: int, length: int) -> list[int]:
     generator = random.Random(seed)

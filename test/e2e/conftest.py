@@ -6,7 +6,7 @@ serve all of them at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,11 @@ class Reference:
     cases: dict[str, Case] = field(default_factory=dict)
     single: dict[str, list[Answer]] = field(default_factory=dict)
     pd: dict[str, list[Answer]] = field(default_factory=dict)
+    """Without the cases of several choices: stock PD never answers those (all of them share one bootstrap room)."""
+
+    def stocks(self, name: str) -> list[list[Answer]]:
+        """What each stock deployment that can answer the case said."""
+        return [answers[name] for answers in (self.single, self.pd) if name in answers]
 
 
 _running: list[Group] = []
@@ -61,12 +66,12 @@ def reference(tiny_model, logs) -> Reference:
     with _watched(both):
         both.start()
         known = {case.name: case for case in all_cases()}
-        answers = {url: _ask(url, list(known.values())) for url in (single.url, pair.url)}
-        plain = answers[single.url]["length-257"][0]
-        more = stop_cases(plain.text, plain.token_ids)
-        for url, known_answers in answers.items():
-            known_answers |= _ask(url, more)
-    return Reference(known | {case.name: case for case in more}, answers[single.url], answers[pair.url])
+        alone = _ask(single.url, known.values())
+        plain = alone["length-257"][0]
+        more = {case.name: case for case in stop_cases(plain.text, plain.token_ids)}
+        alone |= _ask(single.url, more.values())
+        apart = _ask(pair.url, [case for case in [*known.values(), *more.values()] if case.choices == 1])
+    return Reference(known | more, alone, apart)
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +141,7 @@ class _watched:  # noqa: N801 - used as a keyword would be
         _running.remove(self._group)
 
 
-def _ask(url: str, cases: list[Case]) -> dict[str, list[Answer]]:
+def _ask(url: str, cases: Iterable[Case]) -> dict[str, list[Answer]]:
+    cases = list(cases)
     answers = generate_all(url, [case.payload for case in cases], concurrency=1)
     return {case.name: answer for case, answer in zip(cases, answers, strict=True)}
