@@ -21,9 +21,9 @@ from sglang_adrenaline.launcher.options import Plan, ServerPlan, threads_per_ser
 from sglang_adrenaline.launcher.processes import ERROR_PREFIX, Child, start_child, stop_all
 from sglang_adrenaline.launcher.stages import Progress, StartFailed
 
-GRACE_ON_REQUEST_S = 8.0
-"""Time the servers get to end by themselves after Ctrl-C or SIGTERM; a second signal cuts it short."""
-GRACE_ON_FAILURE_S = 2.0
+GRACE_S = 2.0
+"""For the servers to end by themselves after SIGTERM. SGLang looks at that signal only every 5 s and then drains for up to
+15 s more; what its kill leaves (shared memory) we remove, so there is nothing to wait for."""
 SHARED_MEMORY_LOOK_S = 5.0
 LOG_LINES = 25
 
@@ -88,19 +88,17 @@ class Deployment:
         self._next_look = 0.0
 
     def run(self) -> int:
-        grace_s = GRACE_ON_FAILURE_S
         try:
             if self._start():
                 self._progress("ready", f"{self._url(self._plan.port)} (OpenAI API under /v1), Ctrl-C stops")
                 self._watch()
             self._progress("stopping", "on request")
-            grace_s = GRACE_ON_REQUEST_S
             return 0
         except StartFailed as failure:
             self._report(failure)
             return 1
         finally:
-            self._stop_children(grace_s)
+            self._stop_children()
 
     def _start(self) -> bool:
         """True once warm; False if a stop was asked for. Raises StartFailed."""
@@ -182,11 +180,11 @@ class Deployment:
         logs = f" (logs: {self._log_dir})"
         print(f"{ERROR_PREFIX}{message}{logs}", file=sys.stderr, flush=True)
 
-    def _stop_children(self, grace_s: float) -> None:
+    def _stop_children(self) -> None:
         self._note_shared_memory()
         asked_before = self._stop.count
         # A signal that comes while we are stopping means: now.
-        stuck = stop_all(self._children[::-1], grace_s, lambda: self._stop.count > asked_before)
+        stuck = stop_all(self._children[::-1], GRACE_S, lambda: self._stop.count > asked_before)
         if stuck:
             self._progress("stopping", f"could not end {', '.join(stuck)}")
             return  # the guard goes on when we are gone
