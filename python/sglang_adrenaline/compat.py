@@ -45,8 +45,16 @@ def prompt_len(req: Req) -> int:
     return len(req.origin_input_ids)
 
 
-def num_output_tokens(req: Req) -> int:
-    return len(req.output_ids)
+def prompt_digest(req: Req) -> str:
+    """Names the prompt's tokens: two requests of one bootstrap room need not be one request."""
+    return hashlib.blake2b(memoryview(req.origin_input_ids), digest_size=16).hexdigest()
+
+
+def most_tokens(req: Req) -> int:
+    """Prompt and answer at their longest, as SGLang's admission reckons."""
+    from sglang.srt.disaggregation.decode import CLIP_MAX_NEW_TOKEN
+
+    return prompt_len(req) + min(req.sampling_params.max_new_tokens, CLIP_MAX_NEW_TOKEN)
 
 
 def custom_params(req: Req) -> dict[str, Any] | None:

@@ -123,6 +123,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
     room: Room
     remote_prefix_len: Positive
     prompt_len: Positive
+    prompt_digest: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """Names the prompt's tokens, so that another request of the same room is not taken for this one."""
 
     def __post_init__(self) -> None:
         if self.remote_prefix_len > self.prompt_len:

@@ -11,7 +11,7 @@ from sglang_adrenaline.errors import ConfigError
 
 
 def local_model_shape(scheduler: Any) -> messages.ModelShape:
-    """The shape of the model that this rank serves. Raises ConfigError where its layers differ from each other."""
+    """The shape of the model that this rank serves. Raises ConfigError on layers that cannot be offloaded."""
     layers = compat.attention_layers(compat.model_runner(scheduler))
     buffers = compat.kv_buffers(scheduler)
     if len(layers) != len(buffers):
@@ -19,6 +19,8 @@ def local_model_shape(scheduler: Any) -> messages.ModelShape:
     sizes = {(layer.num_qo_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim) for layer in layers}
     if len(sizes) != 1:
         raise ConfigError(f"attention layers of different shapes are not supported: {sorted(sizes)}")
+    if any(layer.logit_cap for layer in layers):
+        raise ConfigError("models with a cap on attention scores (logit soft cap) are not supported")
     num_qo_heads, num_kv_heads, head_dim, v_head_dim = sizes.pop()
     return messages.ModelShape(
         fingerprint=compat.model_fingerprint(scheduler),

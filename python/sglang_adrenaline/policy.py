@@ -60,7 +60,11 @@ def requested_prefix_len(custom_params: Mapping[str, Any] | None, prompt_len: in
 
     Raises ValueError with one line for the user on anything else than -1 <= N <= prompt_len.
     """
-    if not custom_params or custom_params.get("adrenaline") is None:
+    if not custom_params:
+        return None
+    if not isinstance(custom_params, Mapping):
+        raise ValueError(f"custom_params must be an object, not {custom_params!r}")
+    if custom_params.get("adrenaline") is None:
         return None
     options = custom_params["adrenaline"]
     if not isinstance(options, Mapping):

@@ -221,3 +221,15 @@ def test_collect_waits_for_the_last_step():
     pins.end("a", 1, last_step=3)
     assert pins.collect(lambda _: 2) == []
     assert [pin.room for pin in pins.collect(lambda _: 3)] == [1]
+
+
+def test_refuse_of_a_pinned_room_changes_nothing():
+    """A second request of the room, whose prompt the tree does not hold, must not take the first one's pin away."""
+    pins = table()
+    pins.peer_joined("a", 1)
+    pins.offer("a", 1, 5, 10)
+    pins.pin(1, np.arange(1, 6), "lock")
+    assert pins.refuse(1, NackReason.NOT_CACHED) is None
+    assert pins.pin(1, np.arange(11, 16), "another lock") is None
+    assert pins.counts().pinned_tokens == 5
+    assert pins.end("a", 1, 0) and [pin.handle for pin in pins.collect(lambda _: 0)] == ["lock"]

@@ -99,3 +99,9 @@ def test_requested_prefix_len_invalid_is_refused_in_one_line(options):
     with pytest.raises(ValueError, match="adrenaline") as caught:
         policy.requested_prefix_len({"adrenaline": options}, 10)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("params", ["adrenaline", [1], 3])
+def test_requested_prefix_len_params_that_are_no_object_are_refused(params):
+    with pytest.raises(ValueError, match="custom_params must be an object"):
+        policy.requested_prefix_len(params, 10)

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from sglang_adrenaline import messages
 from sglang_adrenaline.channel import shm
-from sglang_adrenaline.channel.base import DecodeEnd
+from sglang_adrenaline.channel.base import ChannelShape, DecodeEnd
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.control import ControlClient
 from sglang_adrenaline.errors import ChannelError
@@ -36,6 +38,7 @@ class Link:
     index: int
     peer: Peer
     channel: DecodeEnd
+    lanes: int
     instance: str
     lost: str = ""
 
@@ -63,6 +66,7 @@ class Peer:
         config: AdrenalineConfig,
         keys: ControlKeys,
         hello: Callable[[], messages.Hello],
+        shape: ChannelShape,
         new_index: Callable[[], int],
         on_message: OnMessage,
         on_lost: OnLost,
@@ -71,12 +75,13 @@ class Peer:
         self.link: Link | None = None
         self.refused = ""
         self.since = time.monotonic()
+        """When it was asked first or lost last; seconds, monotonic."""
         self.stats: messages.Stats | None = None
         self._new_index = new_index
         self._on_message = on_message
         self._on_lost = on_lost
         self._config = config
-        self._changed = threading.Event()
+        self._shape = shape
         self.client = ControlClient(
             address[0],
             port,
@@ -88,14 +93,20 @@ class Peer:
         )
 
     def on_welcome(self, welcome: messages.Welcome) -> None:
+        lanes = welcome.channel.shape.lanes  # its choice
         try:
-            channel = shm.open_decode_end(welcome.channel, wait_timeout=self._config.wait_timeout, peer=self.name)
-        except ChannelError as error:
+            channel = shm.open_decode_end(
+                welcome.channel,
+                wait_timeout=self._config.wait_timeout,
+                expected=msgspec.structs.replace(self._shape, lanes=lanes),
+                peer=self.name,
+            )
+        except (ChannelError, OSError) as error:
             self.refused = f"channel of {self.name} cannot be opened: {error}"
             logger.error("%s", self.refused)
             return
         self.refused = ""
-        self.link = Link(self._new_index(), self, channel, welcome.instance)
+        self.link = Link(self._new_index(), self, channel, lanes, welcome.instance)
         logger.info("attention offloading to %s is up (instance %s)", self.name, welcome.instance[:8])
 
     def on_refused(self, reason: str) -> None:

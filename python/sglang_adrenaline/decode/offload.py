@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class OffloadState(enum.Enum):
 
 @dataclass
 class Offload:
-    """Written by the control thread (state, lane, failure) and the scheduler thread (the rest)."""
+    """`state` changes under a lock, by the control thread (with lane, failure) or the scheduler thread (the rest)."""
 
     req: Any
     room: int
@@ -49,6 +50,8 @@ class Offload:
     retracting: bool = False
     """The row is released for a retraction, not for good."""
 
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
     @property
     def undecided(self) -> bool:
         return self.state in (OffloadState.CONNECTING, OffloadState.OFFERED)
@@ -57,10 +60,28 @@ class Offload:
     def is_remote(self) -> bool:
         return self.state in (OffloadState.ACCEPTED, OffloadState.READY, OffloadState.FAILED)
 
+    def move(self, expected: OffloadState, new: OffloadState) -> bool:
+        """Change the state if it still is the expected one; whether it did."""
+        with self._lock:
+            if self.state is not expected:
+                return False
+            self.state = new
+            return True
+
+    def ready(self, lane: int) -> bool:
+        """The prefix is pinned, the executor answers on `lane`. False if the word comes too late."""
+        with self._lock:
+            if self.state is not OffloadState.ACCEPTED:
+                return False
+            self.lane = lane
+            self.state = OffloadState.READY
+            return True
+
     def fail(self, reason: str) -> None:
         """Before the decision the request can still be served locally; after it, its KV is gone."""
-        if self.undecided:
-            self.state = OffloadState.LOCAL
-        elif self.state in (OffloadState.ACCEPTED, OffloadState.READY):
-            self.failure = reason
-            self.state = OffloadState.FAILED
+        with self._lock:
+            if self.undecided:
+                self.state = OffloadState.LOCAL
+            elif self.state in (OffloadState.ACCEPTED, OffloadState.READY):
+                self.failure = reason
+                self.state = OffloadState.FAILED

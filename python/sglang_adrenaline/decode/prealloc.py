@@ -68,6 +68,17 @@ def make_prealloc_queue(base: type, runtime: DecodeRuntime) -> type:
             offload = runtime.of(req)
             return (full - offload.remote_prefix_len if offload is not None else full), swa
 
+        def _need_space_for_single_req(self, retractable_tokens: int | None = None) -> int:
+            # Upstream counts prompts whole: what an offloaded request may grow to here is its suffix.
+            if retractable_tokens is None:
+                return 0
+            running = compat.running_requests(self.scheduler)
+            return max((self._grows_to(req) - retractable_tokens for req in running), default=0)
+
+        def _grows_to(self, req: Any) -> int:
+            offload = runtime.of(req)
+            return compat.most_tokens(req) - (offload.remote_prefix_len if offload is not None else 0)
+
         def _allocatable_token_budgets(self, retractable_tokens: int | None = None, **kwargs: Any) -> int:
             # Retracting an offloaded request frees its suffix only.
             if retractable_tokens is not None:

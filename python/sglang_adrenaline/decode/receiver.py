@@ -6,6 +6,7 @@ before prefill accepted or refused the prefix, and a transfer not as successful 
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.base.conn import KVPoll
@@ -53,6 +54,8 @@ class GatedReceiver:
 
     def failure_exception(self) -> None:
         if self._offload.failure:
+            with contextlib.suppress(Exception):
+                self._inner.failure_exception()  # drops SGLang's own record of it
             raise RuntimeError(self._offload.failure)
         self._inner.failure_exception()
 

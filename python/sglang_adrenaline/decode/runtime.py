@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 from sglang_adrenaline import compat, messages, policy
+from sglang_adrenaline.channel.base import ChannelShape
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.decode.links import Address, Link, LinkIndex, Peer
 from sglang_adrenaline.decode.offload import Offload, OffloadState
@@ -87,6 +88,17 @@ class DecodeRuntime:
             lanes_wanted=self.config.lanes,
         )
 
+    def _channel_shape(self) -> ChannelShape:
+        shape = self._shape
+        return ChannelShape(
+            lanes=self.config.lanes,
+            num_layers=shape.num_layers,
+            num_qo_heads=shape.num_qo_heads,
+            head_dim=shape.head_dim,
+            v_head_dim=shape.v_head_dim,
+            dtype=shape.dtype,
+        )
+
     # ---- a request's way to being remote (scheduler thread) ---------------------------------------------------------
 
     def consider(self, req: Any) -> Offload | None:
@@ -139,6 +151,7 @@ class DecodeRuntime:
             self.config,
             self._keys,
             hello=self._hello,
+            shape=self._channel_shape(),
             new_index=self._new_index,
             on_message=self._on_message,
             on_lost=self._on_lost,
@@ -153,28 +166,34 @@ class DecodeRuntime:
             if peer.link is not None:
                 self._offer(offload, peer.link)
             elif peer.refused:
-                self._stay_local(offload, "refused")
-            elif now - offload.created_at > (FORCED_CONNECT_WAIT_S if offload.forced else CONNECT_WAIT_S):
-                self._stay_local(offload, "unreachable")
+                self._stay_local(offload, OffloadState.CONNECTING, "refused")
+            elif now > (offload.created_at + FORCED_CONNECT_WAIT_S if offload.forced else peer.since + CONNECT_WAIT_S):
+                self._stay_local(offload, OffloadState.CONNECTING, "unreachable")
         elif offload.state is OffloadState.OFFERED and now - offload.created_at > OFFER_WAIT_S:
             assert offload.link is not None
-            offload.link.send(messages.End(room=offload.room, last_step=0))
-            self._stay_local(offload, "no_answer")
+            if self._stay_local(offload, OffloadState.OFFERED, "no_answer"):
+                offload.link.send(messages.End(room=offload.room, last_step=0))
 
     def _offer(self, offload: Offload, link: Link) -> None:
         offload.link = link
-        offload.state = OffloadState.OFFERED
         offload.created_at = time.monotonic()
+        offload.move(OffloadState.CONNECTING, OffloadState.OFFERED)
         self._links[link.index] = link
         link.send(
             messages.Offer(
-                room=offload.room, remote_prefix_len=offload.remote_prefix_len, prompt_len=offload.prompt_len
+                room=offload.room,
+                remote_prefix_len=offload.remote_prefix_len,
+                prompt_len=offload.prompt_len,
+                prompt_digest=compat.prompt_digest(offload.req),
             )
         )
 
-    def _stay_local(self, offload: Offload, reason: str) -> None:
+    def _stay_local(self, offload: Offload, expected: OffloadState, reason: str) -> bool:
+        """False if an answer came at the last moment."""
+        if not offload.move(expected, OffloadState.LOCAL):
+            return False
         self.nacks[reason] += 1
-        offload.state = OffloadState.LOCAL
+        return True
 
     def of(self, req: Any) -> Offload | None:
         """The offload of a request that is remote; None for local ones."""
@@ -191,6 +210,7 @@ class DecodeRuntime:
             return
         link = offload.link
         assert link is not None
+        offload.retracting = False  # if it was retracted, it is back
         # The lane is known at READY at the latest, before the request joins a batch.
         self.table.set(row, remote_len=offload.remote_prefix_len, link=link.index, lane=max(offload.lane, 0))
         if offload.state is OffloadState.FAILED:
@@ -221,8 +241,9 @@ class DecodeRuntime:
 
     def end(self, offload: Offload) -> None:
         """The request is over: let prefill unpin. Idempotent."""
-        if self._offloads.pop(offload.room, None) is None:
+        if self._offloads.get(offload.room) is not offload:
             return
+        del self._offloads[offload.room]
         if offload.link is not None and offload.state is not OffloadState.LOCAL:
             offload.link.send(messages.End(room=offload.room, last_step=offload.link.channel.steps))
         if offload.state is OffloadState.FAILED:
@@ -232,12 +253,11 @@ class DecodeRuntime:
         else:
             self.local_total += 1
 
-    def retracting(self, req: Any) -> Any:
-        """Marks the release of the row as one that keeps the prefix pinned; returns what `retracted` needs."""
+    def retracting(self, req: Any) -> None:
+        """The row is about to be released, but the request comes back for it: the prefix stays pinned."""
         offload = self.of(req)
         if offload is not None:
             offload.retracting = True
-        return offload
 
     def pump(self) -> None:
         """Once a scheduler loop, before the queues are looked at."""
@@ -247,12 +267,8 @@ class DecodeRuntime:
                 del self._offloads[offload.room]
             elif offload.state is OffloadState.FAILED:
                 self._fail_now(offload)
-            elif offload.retracting and compat.row(offload.req) is None:
-                if not compat.is_retracted_and_waiting(self._scheduler, offload.req):
-                    offload.retracting = False  # aborted while it was retracted
-                    self.end(offload)
-            elif offload.retracting:
-                offload.retracting = False  # resumed
+            elif offload.retracting and not compat.is_retracted_and_waiting(self._scheduler, offload.req):
+                self.end(offload)  # aborted while it was retracted
         if len(self._links) > len(self._peers):
             used = {o.link.index for o in self._offloads.values() if o.link is not None}
             for index, link in list(self._links.items()):
@@ -270,8 +286,9 @@ class DecodeRuntime:
             if self.table.link[row] != NO_LINK:
                 self.table.disconnect(row)
             compat.finish_with_error(req, offload.failure)
-        elif offload.retracting and compat.is_retracted_and_waiting(self._scheduler, req):
-            compat.abort_retracted(self._scheduler, req, offload.failure)
+        elif offload.retracting:
+            if compat.is_retracted_and_waiting(self._scheduler, req):
+                compat.abort_retracted(self._scheduler, req, offload.failure)
             self.end(offload)
 
     # ---- steps (scheduler thread, inside the forward pass) ----------------------------------------------------------
@@ -282,10 +299,11 @@ class DecodeRuntime:
     def step_failed(self, link: Link, reason: str) -> None:
         """A step could not be finished with this link: what depends on it ends; the tokens of the step do not count."""
         link.close(reason)
-        link.peer.client.reconnect(reason)
+        if link.peer.link is link:  # else that session is over already, and the next one has nothing to do with this
+            link.peer.client.reconnect(reason)
         self._on_lost(link, reason)
-        for offload in list(self._offloads.values()):
-            if offload.link is link and offload.state is OffloadState.FAILED:
+        for offload in self._offloads_of(link):
+            if offload.state is OffloadState.FAILED:
                 self._fail_now(offload)
 
     # ---- control threads --------------------------------------------------------------------------------------------
@@ -296,20 +314,22 @@ class DecodeRuntime:
             return
         match message:
             case messages.Accept():
-                if offload.state is OffloadState.OFFERED:
-                    offload.state = OffloadState.ACCEPTED
+                offload.move(OffloadState.OFFERED, OffloadState.ACCEPTED)
             case messages.Ready(lane=lane):
-                if offload.state is OffloadState.ACCEPTED:
-                    offload.lane = lane
-                    offload.state = OffloadState.READY
+                if lane >= link.lanes or any(o.lane == lane for o in self._offloads_of(link)):
+                    offload.fail(f"{link.peer.name} gave it lane {lane}, which is not free")
+                else:
+                    offload.ready(lane)
             case messages.Nack(reason=reason, detail=detail):
                 self.nacks[reason] += 1
                 offload.fail(f"{link.peer.name} cannot keep the prompt's KV ({reason}): {detail}")
 
+    def _offloads_of(self, link: Link) -> list[Offload]:
+        return [offload for offload in list(self._offloads.values()) if offload.link is link]
+
     def _on_lost(self, link: Link, reason: str) -> None:
-        for offload in list(self._offloads.values()):
-            if offload.link is link:
-                offload.fail(f"{link.peer.name} held the prompt's KV and was lost: {reason}")
+        for offload in self._offloads_of(link):
+            offload.fail(f"{link.peer.name} held the prompt's KV and was lost: {reason}")
 
     # ---- reports ----------------------------------------------------------------------------------------------------
 

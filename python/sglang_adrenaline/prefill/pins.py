@@ -54,6 +54,7 @@ class Pin:
     peer: str
     remote_prefix_len: int
     lane: int
+    prompt_digest: str = ""
     state: PinState = PinState.RESERVED
     slots: Slots | None = None
     handle: Any = None
@@ -111,7 +112,9 @@ class PinTable:
         with self._lock:
             self._peers[peer] = _Peer(free_lanes=list(range(lanes - 1, -1, -1)))
 
-    def offer(self, peer: str, room: int, remote_prefix_len: int, prompt_len: int) -> NackReason | None:
+    def offer(
+        self, peer: str, room: int, remote_prefix_len: int, prompt_len: int, prompt_digest: str = ""
+    ) -> NackReason | None:
         """Reserve a lane and tokens for a request that prefill has not computed yet. None means accepted."""
         with self._lock:
             reason = self._refusal(peer, room, remote_prefix_len, prompt_len)
@@ -119,7 +122,7 @@ class PinTable:
                 self.nacks[reason.value] = self.nacks.get(reason.value, 0) + 1
                 return reason
             lane = self._peers[peer].free_lanes.pop()
-            self._pins[room] = Pin(room, peer, remote_prefix_len, lane)
+            self._pins[room] = Pin(room, peer, remote_prefix_len, lane, prompt_digest)
             return None
 
     def _refusal(self, peer: str, room: int, remote_prefix_len: int, prompt_len: int) -> NackReason | None:
@@ -203,9 +206,10 @@ class PinTable:
     def refuse(self, room: int, reason: NackReason) -> Pin | None:
         """Give up a reservation that cannot be pinned. None if it ended already."""
         with self._lock:
-            pin = self._pins.pop(room, None)
+            pin = self._pins.get(room)
             if pin is None or pin.state is not PinState.RESERVED:
                 return None
+            del self._pins[room]
             self._free_lane(pin)
             self.nacks[reason.value] = self.nacks.get(reason.value, 0) + 1
             return pin

@@ -25,7 +25,7 @@ from sglang_adrenaline.errors import ChannelError
 from sglang_adrenaline.keys import load_key_file
 from sglang_adrenaline.model_shape import host_id, local_model_shape
 from sglang_adrenaline.prefill.executor import AttentionExecutor, LayerKV, ThreadExecutor
-from sglang_adrenaline.prefill.pins import NackReason, Pin, PinTable
+from sglang_adrenaline.prefill.pins import NackReason, Pin, PinState, PinTable
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +144,10 @@ class PrefillRuntime:
         if session is None or self.pins is None:
             return
         match message:
-            case messages.Offer(room=room, remote_prefix_len=remote_prefix_len, prompt_len=prompt_len):
-                reason = self.pins.offer(session.key, room, remote_prefix_len, prompt_len)
+            case messages.Offer(room=room):
+                reason = self.pins.offer(
+                    session.key, room, message.remote_prefix_len, message.prompt_len, message.prompt_digest
+                )
                 if reason is None:
                     self._send(peer, messages.Accept(room))
                 else:
@@ -198,7 +200,9 @@ class PrefillRuntime:
         if self.pins is None or room is None:
             return
         reservation = self.pins.lookup(room)
-        if reservation is None:
+        if reservation is None or reservation.state not in (PinState.RESERVED, PinState.CANCELLED):
+            return
+        if reservation.prompt_digest != compat.prompt_digest(req):  # another request of the same room
             return
         peer = reservation.peer.partition("#")[0]
         locked = compat.lock_prefix(self._scheduler, req, reservation.remote_prefix_len)
@@ -268,8 +272,12 @@ class PrefillRuntime:
         """Give up every pin at once; its requests end with an error on the decode side."""
         if self.pins is None:
             return
-        for peer in list(self._sessions):
-            self._dismiss(peer, why)
+        for session in list(self._executors.values()):
+            self._send(session.peer, messages.Bye(messages.clip(why)))
+            with self._lock:
+                self._sessions.pop(session.peer, None)
+            session.executor.stop(why)  # also where the control thread is at it: nothing reads KV after this
+            self.pins.peer_left(session.key)
         self.pump()
 
     def status(self) -> dict[str, Any]:
