@@ -47,9 +47,16 @@ def prompt(seed: int, length: int) -> list[int]:
     return [generator.randrange(len(SPECIAL), VOCAB_SIZE) for _ in range(length)]
 
 
-def case(name: str, input_ids: list[int], *, sampling: Mapping[str, Any] | None = None, **fields: Any) -> Case:
+def case(
+    name: str,
+    input_ids: list[int],
+    *,
+    sampling: Mapping[str, Any] | None = None,
+    only_pd: bool = False,
+    **fields: Any,
+) -> Case:
     payload = {"input_ids": input_ids, "sampling_params": {**GREEDY, **(sampling or {})}, **LOGPROBS, **fields}
-    return Case(name, payload, len(input_ids))
+    return Case(name, payload, len(input_ids), only_pd)
 
 
 def length_cases() -> list[Case]:
@@ -72,7 +79,8 @@ def sampling_cases() -> list[Case]:
     return [
         case("n-2", prompt(9101, 33), sampling={"n": 2}),
         case("schema", prompt(9102, 60), sampling={"json_schema": SCHEMA, "max_new_tokens": 80}),
-        case("penalties", prompt(9103, 45), sampling={"frequency_penalty": 0.7, "presence_penalty": 0.4}),
+        # Log-probabilities differ by 6e-4 between the two stock deployments from the third token on.
+        case("penalties", prompt(9103, 45), sampling={"frequency_penalty": 0.7, "presence_penalty": 0.4}, only_pd=True),
         case("min-tokens", prompt(9104, 21), sampling={"min_new_tokens": 20}),
         case("one-token", prompt(9105, 90), sampling={"max_new_tokens": 1}),
         case("two-tokens", prompt(9106, 90), sampling={"max_new_tokens": 2}),

@@ -35,6 +35,8 @@ class Answer:
     """Of each token, natural logarithm; empty if not asked for."""
     best_two: tuple[tuple[float, float], ...] = ()
     """The two best log-probabilities at each position."""
+    prompt_logprobs: tuple[tuple[float | None, int], ...] = ()
+    """(log-probability, token) of each token of the prompt, if asked for; SGLang knows none for the first."""
 
     @staticmethod
     def of(body: Mapping[str, Any]) -> Answer:
@@ -48,6 +50,7 @@ class Answer:
             prompt_tokens=meta["prompt_tokens"],
             logprobs=tuple(item[0] for item in chosen),
             best_two=tuple((items[0][0], items[1][0]) for items in best),
+            prompt_logprobs=tuple((item[0], item[1]) for item in meta.get("input_token_logprobs") or []),
         )
 
 
@@ -75,6 +78,10 @@ def check_equal(ours: Answer, stock: Answer, *, dtype: Dtype = "float32", label:
     if ours.logprobs and stock.logprobs:
         assert len(ours.logprobs) == len(ours.token_ids), f"{label}: a log-probability per token"
         _check_logprobs(ours.logprobs[:common], stock.logprobs[:common], LOGPROB_TOLERANCE[dtype], label)
+    assert len(ours.prompt_logprobs) == len(stock.prompt_logprobs), f"{label}: prompt log-probabilities"
+    for (a, token), (b, expected) in zip(ours.prompt_logprobs, stock.prompt_logprobs, strict=True):
+        assert token == expected and (a is None) == (b is None), f"{label}: prompt token {token}, stock {expected}"
+        assert a is None or b is None or abs(a - b) < LOGPROB_TOLERANCE[dtype], f"{label}: prompt {a}, stock {b}"
     return tie
 
 

@@ -29,6 +29,11 @@ class Reference:
     cases: dict[str, Case] = field(default_factory=dict)
     single: dict[str, list[Answer]] = field(default_factory=dict)
     pd: dict[str, list[Answer]] = field(default_factory=dict)
+
+    def stock_of(self, name: str) -> list[dict[str, list[Answer]]]:
+        """The deployments whose answer to this case ours must equal."""
+        return [self.pd] if self.cases[name].only_pd else [self.single, self.pd]
+
     """Without the cases of several choices: stock PD never answers those (all of them share one bootstrap room)."""
 
     def stocks(self, name: str) -> list[list[Answer]]:
