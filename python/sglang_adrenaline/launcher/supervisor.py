@@ -22,8 +22,8 @@ from sglang_adrenaline.launcher.processes import ERROR_PREFIX, Child, start_chil
 from sglang_adrenaline.launcher.stages import Progress, StartFailed
 
 GRACE_S = 2.0
-"""For the servers to end by themselves after SIGTERM. SGLang looks at that signal only every 5 s and then drains for up to
-15 s more; what its kill leaves (shared memory) we remove, so there is nothing to wait for."""
+"""For the servers to end by themselves after SIGTERM. Short: SGLang looks at that signal only every 5 s and then drains
+for up to 15 s more, and what a kill leaves (shared memory) we remove."""
 SHARED_MEMORY_LOOK_S = 5.0
 LOG_LINES = 25
 
