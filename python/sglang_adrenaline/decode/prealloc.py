@@ -60,6 +60,10 @@ def make_prealloc_queue(base: type, runtime: DecodeRuntime) -> type:
                 prefix_len = total_prefix_len = offload.remote_prefix_len
                 req.cache_protected_len = offload.remote_prefix_len
             slots = super()._pre_alloc(req, prefix_indices, prefix_len, total_prefix_len)
+            if req.last_node is None:
+                # A local request comes back from a retraction with slots of its own for all its tokens. Upstream would
+                # match it against the tree once more, take the matched part for the tree's and never free those slots.
+                req.last_node = self.tree_cache.root_node_handle()
             runtime.on_row(req)
             return slots
 
