@@ -36,6 +36,8 @@ class Case:
     name: str
     payload: Mapping[str, Any]
     prompt_len: int
+    only_pd: bool = False
+    """Stock PD and a single stock server disagree about it, by themselves; ours follows PD."""
 
     @property
     def choices(self) -> int:

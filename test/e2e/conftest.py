@@ -29,16 +29,12 @@ class Reference:
     cases: dict[str, Case] = field(default_factory=dict)
     single: dict[str, list[Answer]] = field(default_factory=dict)
     pd: dict[str, list[Answer]] = field(default_factory=dict)
-
-    def stock_of(self, name: str) -> list[dict[str, list[Answer]]]:
-        """The deployments whose answer to this case ours must equal."""
-        return [self.pd] if self.cases[name].only_pd else [self.single, self.pd]
-
     """Without the cases of several choices: stock PD never answers those (all of them share one bootstrap room)."""
 
     def stocks(self, name: str) -> list[list[Answer]]:
-        """What each stock deployment that can answer the case said."""
-        return [answers[name] for answers in (self.single, self.pd) if name in answers]
+        """What each stock deployment said whose answer to the case ours must equal."""
+        asked = (self.pd,) if self.cases[name].only_pd else (self.single, self.pd)
+        return [answers[name] for answers in asked if name in answers]
 
 
 _running: list[Group] = []
