@@ -6,27 +6,16 @@ A new SGLang version should be a matter of this module and of the table in `hook
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from sglang_adrenaline.errors import HookError
-
-SUPPORTED_SGLANG = ("0.5.17",)
-
 Scheduler = Any
 Req = Any
-
-
-def check_version() -> None:
-    """Raise HookError, one line, if the installed SGLang is not one we know."""
-    installed = version("sglang")
-    if installed not in SUPPORTED_SGLANG:
-        raise HookError(f"SGLang {installed} is not supported; install sglang=={SUPPORTED_SGLANG[-1]}")
 
 
 # ---- requests -----------------------------------------------------------------------------------------------------
@@ -47,7 +36,7 @@ def prompt_len(req: Req) -> int:
 
 def prompt_digest(req: Req) -> str:
     """Names the prompt's tokens: two requests of one bootstrap room need not be one request."""
-    return hashlib.blake2b(memoryview(req.origin_input_ids), digest_size=16).hexdigest()
+    return hashlib.blake2b(array("q", req.origin_input_ids), digest_size=16).hexdigest()
 
 
 def most_tokens(req: Req) -> int:
@@ -231,10 +220,6 @@ class Rank:
 
 def rank(scheduler: Scheduler) -> Rank:
     return Rank(scheduler.ps.tp_rank, scheduler.ps.tp_size)
-
-
-def is_overlap(scheduler: Scheduler) -> bool:
-    return bool(scheduler.enable_overlap)
 
 
 def running_requests(scheduler: Scheduler) -> Sequence[Req]:

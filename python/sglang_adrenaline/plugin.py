@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from sglang_adrenaline import compat, hooks
 from sglang_adrenaline.config import AdrenalineConfig, Role
 from sglang_adrenaline.errors import AdrenalineError
+from sglang_adrenaline.refusals import check_sglang_version
 
 TRANSFER_ENV = "SGLANG_ADRENALINE_TRANSFER"
 """`local` makes the transfer backend of that name known to a server that has no other part of the extension."""
@@ -30,7 +31,7 @@ def register() -> None:
         config = AdrenalineConfig.from_env()
         if config is None and os.environ.get(TRANSFER_ENV) != "local":
             return
-        compat.check_version()
+        check_sglang_version()
         _register_transfer()
         if config is None:
             return

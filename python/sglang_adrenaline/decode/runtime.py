@@ -7,11 +7,9 @@ state of an `Offload`; everything that touches requests, rows or pools happens i
 from __future__ import annotations
 
 import logging
-import os
 import time
 import uuid
 from collections import Counter
-from importlib.metadata import version
 from typing import Any
 
 from sglang_adrenaline import compat, messages, policy
@@ -75,10 +73,7 @@ class DecodeRuntime:
         self._pool = pool
 
     def _hello(self) -> messages.Hello:
-        return messages.Hello(
-            protocol=messages.PROTOCOL,
-            sglang_version=version("sglang"),
-            pid=os.getpid(),
+        return messages.make_hello(
             instance=self.instance,
             model=self._shape,
             host_id=host_id(),
