@@ -20,6 +20,7 @@ from tiny_model import build_tiny_model
 
 SMALL_CHUNK = "256"
 """Prefill of ours works in chunks this small, so that longer prompts take several."""
+TOOL_CALL_PARSER = "qwen25"
 
 
 @dataclass
@@ -80,7 +81,8 @@ def deployment(tiny_model, logs, request) -> Iterator[Group]:
     """Our prefill server, decode server and router with the tiny model; chunked prefill."""
     if any("reference" in item.fixturenames for item in request.session.items):
         request.getfixturevalue("reference")
-    group = servers.adrenaline(tiny_model, logs, prefill_args=("--chunked-prefill-size", SMALL_CHUNK))
+    args = (*servers.SMALL_SERVER_ARGS, "--tool-call-parser", TOOL_CALL_PARSER)
+    group = servers.adrenaline(tiny_model, logs, args=args, prefill_args=("--chunked-prefill-size", SMALL_CHUNK))
     with _watched(group):
         yield group.start()
 

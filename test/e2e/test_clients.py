@@ -29,6 +29,7 @@ WEATHER_TOOL = {
     "function": {
         "name": "weather",
         "description": "The weather of a town",
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"town": {"type": "string", "enum": ["Paris", "Rome"]}},
@@ -151,7 +152,7 @@ def test_openai_tool_call_is_returned_as_such(deployment, remote):
         messages=[{"role": "user", "content": "Weather, please."}],
         tools=[WEATHER_TOOL],
         tool_choice="required",
-        max_tokens=200,
+        max_tokens=400,
         temperature=0,
         extra_body=split(remote),
     )
