@@ -25,6 +25,11 @@ def room(req: Req) -> int | None:
     return req.bootstrap_room
 
 
+def rid(req: Req) -> str:
+    """Name of the request; the tokenizer manager refuses a second one of the same name."""
+    return req.rid
+
+
 def row(req: Req) -> int | None:
     """Row of the request in req_to_token, or None while it has none."""
     return req.req_pool_idx
@@ -235,6 +240,11 @@ def waits_for_peer(scheduler: Scheduler) -> bool:
         and scheduler.last_batch is None
         and not scheduler.is_fully_idle()
     )
+
+
+def device(scheduler: Scheduler) -> torch.device:
+    """Where the rank computes; with an index on a GPU."""
+    return torch.device("cuda", scheduler.ps.gpu_id) if scheduler.server_args.device == "cuda" else torch.device("cpu")
 
 
 def is_cpu(scheduler: Scheduler) -> bool:

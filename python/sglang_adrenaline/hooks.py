@@ -159,6 +159,22 @@ HOOKS = (
     ),
     Hook(
         "decode",
+        "model_executor.model_runner.ModelRunner._decode_cuda_graph_runner_cls",
+        "after",
+        "graph_runner",
+        (),
+        "decode steps with and without round trips are different CUDA graphs",
+    ),
+    Hook(
+        "decode",
+        f"{SCHEDULER}.process_batch_result",
+        "before",
+        "check_step",
+        ("batch", "result"),
+        "a step whose round trips failed on the GPU ends its offloaded requests before its tokens count",
+    ),
+    Hook(
+        "decode",
         "mem_cache.common.release_kv_cache",
         "around",
         "release_kv_cache",
@@ -256,7 +272,8 @@ server with the backend `local`, *scheduler* the scheduler of both roles, *prefi
 {rows}
 
 Public registries, no hooks: entry points `sglang.srt.plugins` and `sglang.srt.platforms`; the registry of attention
-backends (name `torch_native` on CPUs), that of grammar backends (`xgrammar` on CPUs), the choices of transfer backends.
+backends (names `torch_native` on CPUs, `flashinfer` on GPUs), that of grammar backends (`xgrammar` on CPUs), the
+choices of transfer backends.
 """
 
 

@@ -100,15 +100,15 @@ def _role_handlers(config: AdrenalineConfig) -> tuple[Any, Any]:
 
     from sglang.srt.disaggregation import decode as sglang_decode
 
-    from sglang_adrenaline.attention.offload import register_offload_backend
+    from sglang_adrenaline.attention.registry import register_backends
     from sglang_adrenaline.decode.handlers import DecodeHandlers
     from sglang_adrenaline.decode.prealloc import make_prealloc_queue
     from sglang_adrenaline.decode.runtime import DecodeRuntime
 
     runtime = DecodeRuntime(config)
     decode = DecodeHandlers(runtime)
-    register_offload_backend(runtime)
-    names = ("pump", "commit_transfer", "release_kv_cache", "release_req", "copy_suffix")
+    register_backends(runtime)
+    names = ("pump", "graph_runner", "check_step", "commit_transfer", "release_kv_cache", "release_req", "copy_suffix")
     queue = make_prealloc_queue(sglang_decode.DecodePreallocQueue, runtime)
     return SimpleNamespace(prealloc_queue=queue, **{name: getattr(decode, name) for name in names}), runtime
 

@@ -22,7 +22,7 @@ Conventions, stated once for the whole package:
   `begin_step` opens a new sequence, late answers of the old one are ignored, and the executor skips to it.
 - Steps count 1, 2, ... per channel; 0 means "before the first step".
 
-How `ipc` (CUDA, a later issue) fits: q rows are stored straight at their lane of a fixed q[lanes, Hq, D] on the
+How `ipc` (CUDA) fits: q rows are stored straight at their lane of a fixed q[lanes, Hq, D] on the
 executor's GPU, the answers come back to o[lanes, Hq, Dv], lse[lanes, Hq] on the decode GPU. `send_q` and `recv` then
 only launch kernels (put-and-signal, wait-and-merge) on the current stream and return tensors that later kernels of
 this stream may read; both can be captured in a CUDA graph, since the flags hold sequence numbers that live in device
@@ -94,14 +94,17 @@ class Call:
 class DecodeEnd(Protocol):
     """The decode rank's side. All methods but `abort` and `close` are called by one thread."""
 
-    exposed_wait_s: float
-    """Time spent blocked in `recv` since the channel was opened."""
+    @property
+    def exposed_wait_s(self) -> float:
+        """Time spent waiting for answers since the channel was opened, by the thread or by the GPU's stream."""
+
     steps: int
     """Number of the newest step, 0 before the first."""
 
-    def begin_step(self, lanes: Sequence[int]) -> int:
+    def begin_step(self, lanes: Sequence[int] | None) -> int:
         """Publish the lanes of the step's offloaded rows (distinct, at least one) and return the step's number.
 
+        None, with channels of GPUs alone: any lane may be among them, kernels read the lanes from device memory.
         Gives up an unfinished step. Raises ValueError on a bad lane, PeerLostError once the channel is aborted.
         """
 
@@ -124,10 +127,13 @@ class DecodeEnd(Protocol):
     def abandon_step(self) -> None:
         """Say that no more q of the current step will come, so that the executor lets go of it (see `steps_done`)."""
 
+    def check(self) -> None:
+        """Raises PeerLostError once the channel has ended. Cheap, from any thread."""
+
     def abort(self, reason: str) -> None:
         """From any thread: wake and fail every wait on both ends, now and later. Idempotent."""
 
-    def close(self) -> None:
+    def close(self) -> bool | None:
         """Abort, then release memory and file descriptors. From any thread, idempotent."""
 
 
@@ -161,5 +167,5 @@ class ExecutorEnd(Protocol):
     def abort(self, reason: str) -> None:
         """As `DecodeEnd.abort`."""
 
-    def close(self) -> None:
+    def close(self) -> bool | None:
         """As `DecodeEnd.close`."""

@@ -75,6 +75,9 @@ class _End:
         self._fence = make_fence()
         self._views: dict[int, list[tuple[Room, Room, Room]]] = {}
 
+    def check(self) -> None:
+        self._live()
+
     def abort(self, reason: str) -> None:
         with self._abort_lock:
             if self._aborted:
@@ -130,7 +133,9 @@ class ShmDecodeEnd(_End):
         self._sent = -1
         self._open = False
 
-    def begin_step(self, lanes: Sequence[int]) -> int:
+    def begin_step(self, lanes: Sequence[int] | None) -> int:
+        if lanes is None:
+            raise ValueError("channel shm needs the lanes of a step")
         segment = self._live()
         lanes = tuple(lanes)
         changed = lanes != self._lanes

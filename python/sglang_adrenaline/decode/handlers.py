@@ -31,6 +31,19 @@ class DecodeHandlers:
     def pump(self, scheduler: Any) -> None:
         self.runtime.pump()
 
+    def graph_runner(self, result: type, model_runner: Any) -> type:
+        """On a GPU decode steps with and without round trips are different graphs."""
+        from sglang_adrenaline.decode.graphs import make_graph_runner
+
+        return make_graph_runner(result)
+
+    def check_step(self, scheduler: Any, batch: Any, result: Any) -> None:
+        """The batch's tokens are about to count. On a GPU only its completion tells whether its round trips worked."""
+        if self.runtime.endpoint is not None and batch.forward_mode.is_decode():
+            if result.copy_done is not None:
+                result.copy_done.synchronize()  # upstream waits for it next in any case
+            self.runtime.after_step()
+
     def commit_transfer(self, result: Any, queue: Any, decode_req: Any) -> None:
         """The dummy prefix is no cache hit: keep it out of the request's cached_tokens."""
         req = decode_req.req

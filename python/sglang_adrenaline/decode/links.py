@@ -14,11 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from sglang_adrenaline import messages
-from sglang_adrenaline.channel import shm
-from sglang_adrenaline.channel.base import ChannelShape, DecodeEnd
+from sglang_adrenaline.channel.base import ChannelSpec, DecodeEnd
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.control import ControlClient
 from sglang_adrenaline.errors import ChannelError
@@ -29,6 +26,8 @@ logger = logging.getLogger(__name__)
 Address = tuple[str, int]
 OnMessage = Callable[["Link", Any], None]
 OnLost = Callable[["Link", str], None]
+OpenChannel = Callable[[ChannelSpec, str], DecodeEnd]
+"""Decode's end of the channel that a welcome offers; the second argument names the peer. Raises ChannelError."""
 
 
 @dataclass
@@ -66,7 +65,7 @@ class Peer:
         config: AdrenalineConfig,
         keys: ControlKeys,
         hello: Callable[[], messages.Hello],
-        shape: ChannelShape,
+        open_channel: OpenChannel,
         new_index: Callable[[], int],
         on_message: OnMessage,
         on_lost: OnLost,
@@ -80,8 +79,7 @@ class Peer:
         self._new_index = new_index
         self._on_message = on_message
         self._on_lost = on_lost
-        self._config = config
-        self._shape = shape
+        self._open_channel = open_channel
         self.client = ControlClient(
             address[0],
             port,
@@ -93,20 +91,14 @@ class Peer:
         )
 
     def on_welcome(self, welcome: messages.Welcome) -> None:
-        lanes = welcome.channel.shape.lanes  # its choice
         try:
-            channel = shm.open_decode_end(
-                welcome.channel,
-                wait_timeout=self._config.wait_timeout,
-                expected=msgspec.structs.replace(self._shape, lanes=lanes),
-                peer=self.name,
-            )
+            channel = self._open_channel(welcome.channel, self.name)
         except (ChannelError, OSError) as error:
             self.refused = f"channel of {self.name} cannot be opened: {error}"
             logger.error("%s", self.refused)
             return
         self.refused = ""
-        self.link = Link(self._new_index(), self, channel, lanes, welcome.instance)
+        self.link = Link(self._new_index(), self, channel, welcome.channel.shape.lanes, welcome.instance)
         logger.info("attention offloading to %s is up (instance %s)", self.name, welcome.instance[:8])
 
     def on_refused(self, reason: str) -> None:

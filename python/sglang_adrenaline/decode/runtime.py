@@ -10,16 +10,21 @@ import logging
 import time
 import uuid
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_adrenaline import compat, messages, policy
-from sglang_adrenaline.channel.base import ChannelShape
+from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec, DecodeEnd
+from sglang_adrenaline.channel.opening import open_decode_end
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.decode.links import Address, Link, LinkIndex, Peer
 from sglang_adrenaline.decode.offload import Offload, OffloadState
-from sglang_adrenaline.decode.table import NO_LINK, OffloadTable
+from sglang_adrenaline.decode.table import OffloadTable
+from sglang_adrenaline.errors import ChannelError, PeerLostError
 from sglang_adrenaline.keys import load_key_file
 from sglang_adrenaline.model_shape import host_id, local_model_shape
+
+if TYPE_CHECKING:  # needs CUDA's libraries
+    from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoint
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +44,9 @@ class DecodeRuntime:
     def __init__(self, config: AdrenalineConfig) -> None:
         self.config = config
         self.instance = uuid.uuid4().hex
-        self.table: OffloadTable | None = None
+        self.table = OffloadTable()
+        self.endpoint: IpcEndpoint | None = None
+        """On a GPU: where the kernels of the decode steps find their channel; made by the attention backend."""
         self._steps_gone = 0
         self._wait_gone_s = 0.0
         self.offloaded_total = 0
@@ -58,14 +65,13 @@ class DecodeRuntime:
 
     # ---- start ------------------------------------------------------------------------------------------------------
 
-    def attach_backend(self, num_rows: int) -> OffloadTable:
-        """Called when the attention backend is built, before the scheduler exists."""
-        self.table = OffloadTable(num_rows)
-        return self.table
+    def attach_endpoint(self, endpoint: IpcEndpoint) -> IpcEndpoint:
+        """Called when the attention backend of a GPU is built, before its graphs and before the scheduler exists."""
+        self.endpoint = endpoint
+        return endpoint
 
     def attach_scheduler(self, scheduler: Any) -> None:
         pool = compat.pool_shape(scheduler)
-        assert self.table is not None and self.table.num_rows == pool.rows, (self.table, pool)
         self._scheduler = scheduler
         self._settings = policy.Settings(self.config.offload_ratio, self.config.min_offload_tokens, pool.page_size)
         self._shape = local_model_shape(scheduler)
@@ -83,10 +89,25 @@ class DecodeRuntime:
             lanes_wanted=self.config.lanes,
         )
 
-    def _channel_shape(self) -> ChannelShape:
+    def _open_channel(self, spec: ChannelSpec, peer: str) -> DecodeEnd:
+        """Control thread. Raises ChannelError."""
+        device = compat.device(self._scheduler)
+        if self.endpoint is not None and any(p.link is not None and p.link.alive for p in list(self._peers.values())):
+            raise ChannelError("a decode server on a GPU offloads to one prefill server at a time, so far")
+        return open_decode_end(
+            spec,
+            device=device.index if device.type == "cuda" else None,
+            endpoint=self.endpoint,
+            wait_timeout=self.config.wait_timeout,
+            expected=self._channel_shape(spec.shape.lanes),
+            peer=peer,
+        )
+
+    def _channel_shape(self, lanes: int) -> ChannelShape:
+        """What a channel must look like; the number of lanes is prefill's choice."""
         shape = self._shape
         return ChannelShape(
-            lanes=self.config.lanes,
+            lanes=lanes,
             num_layers=shape.num_layers,
             num_qo_heads=shape.num_qo_heads,
             head_dim=shape.head_dim,
@@ -146,7 +167,7 @@ class DecodeRuntime:
             self.config,
             self._keys,
             hello=self._hello,
-            shape=self._channel_shape(),
+            open_channel=self._open_channel,
             new_index=self._new_index,
             on_message=self._on_message,
             on_lost=self._on_lost,
@@ -198,16 +219,15 @@ class DecodeRuntime:
 
     def on_row(self, req: Any) -> None:
         """The request got its row of req_to_token."""
-        offload, row = self.of(req), compat.row(req)
-        assert self.table is not None and row is not None
+        offload = self.of(req)
         if offload is None:
-            self.table.clear(row)
+            self.table.clear(compat.rid(req))
             return
         link = offload.link
         assert link is not None
         offload.retracting = False  # if it was retracted, it is back
         # The lane is known at READY at the latest, before the request joins a batch.
-        self.table.set(row, remote_len=offload.remote_prefix_len, link=link.index, lane=max(offload.lane, 0))
+        self.table.set(compat.rid(req), length=offload.remote_prefix_len, link=link.index, lane=max(offload.lane, 0))
         if offload.state is OffloadState.FAILED:
             self._fail_now(offload)
 
@@ -220,17 +240,16 @@ class DecodeRuntime:
 
     def on_transferred(self, offload: Offload) -> None:
         """The request has all it needs to decode."""
-        row = compat.row(offload.req)
-        assert self.table is not None and row is not None and offload.link is not None
-        self.table.set(row, remote_len=offload.remote_prefix_len, link=offload.link.index, lane=offload.lane)
+        assert offload.link is not None
+        rid = compat.rid(offload.req)
+        self.table.set(rid, length=offload.remote_prefix_len, link=offload.link.index, lane=offload.lane)
 
     # ---- a request's end (scheduler thread) -------------------------------------------------------------------------
 
     def before_release(self, req: Any) -> None:
         """The request's row is about to be freed."""
-        offload, row = self.of(req), compat.row(req)
-        if row is not None and self.table is not None:
-            self.table.clear(row)
+        offload = self.of(req)
+        self.table.clear(compat.rid(req))
         if offload is not None and not offload.retracting:
             self.end(offload)
 
@@ -275,11 +294,9 @@ class DecodeRuntime:
 
     def _fail_now(self, offload: Offload) -> None:
         """Let a request whose prefix is gone end with the reason, wherever it is."""
-        req, row = offload.req, compat.row(offload.req)
-        if row is not None:
-            assert self.table is not None
-            if self.table.link[row] != NO_LINK:
-                self.table.disconnect(row)
+        req = offload.req
+        if compat.row(req) is not None:
+            self.table.disconnect(compat.rid(req))
             compat.finish_with_error(req, offload.failure)
         elif offload.retracting:
             if compat.is_retracted_and_waiting(self._scheduler, req):
@@ -300,6 +317,18 @@ class DecodeRuntime:
         for offload in self._offloads_of(link):
             if offload.state is OffloadState.FAILED:
                 self._fail_now(offload)
+
+    def after_step(self) -> None:
+        """The work of the step whose tokens are about to count is complete on the device.
+
+        On a GPU a step that could not be finished shows only now; on a CPU it showed in the forward pass.
+        """
+        for link in list(self._links.values()):
+            if link.alive and link.channel.steps:
+                try:
+                    link.channel.check()
+                except PeerLostError as error:
+                    self.step_failed(link, str(error))
 
     # ---- control threads --------------------------------------------------------------------------------------------
 

@@ -1,16 +1,26 @@
-"""Which rows of the decode KV pool have a remote prefix: per-row tables that the attention backend reads each step.
+"""Which running requests have a remote prefix: what the attention backend reads when a decode step is planned.
 
-Written by the scheduler thread when a request gets or leaves its row, read by the same thread when a step is planned;
-on a GPU the device copies are updated on the schedule stream, in the order of req_to_token.
+Written by the scheduler thread when a request joins or leaves decode's KV pool, read by the same thread at each step.
+Everything is on the host; a backend on a GPU copies what it needs of a step's plan in the order of its stream.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 NO_LINK = -1
+
+
+@dataclass(slots=True)
+class RemotePrefix:
+    """length: tokens attended remotely; link: index of the link, NO_LINK once it is lost; lane: the link's lane."""
+
+    length: int
+    link: int
+    lane: int
 
 
 @dataclass(frozen=True)
@@ -18,62 +28,62 @@ class RemoteRows:
     """The offloaded rows of one batch that one link serves.
 
     link   index of the link
-    rows   int64 [n], positions in the batch
+    rows   positions in the batch
     lanes  the link's lane of each of them
     """
 
     link: int
-    rows: torch.Tensor
+    rows: tuple[int, ...]
     lanes: tuple[int, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
+class StepPlan:
+    """One decode step. starts: int64 [batch] on the CPU, first position of each row that is attended locally."""
+
+    starts: torch.Tensor
+    parts: tuple[RemoteRows, ...]
+    """One entry a link, in order of link; rows of lost links are in none."""
+
+
 class OffloadTable:
-    """Tables over rows of req_to_token. Row 0 is SGLang's padding row and stays local."""
+    """Remote prefixes by request id (SGLang's `rid`, unique among the requests of a server)."""
 
-    num_rows: int
-    remote_len: torch.Tensor = field(init=False)
-    """int64 [num_rows]: tokens of the row's prefix that are attended remotely; 0 for local requests."""
-    link: torch.Tensor = field(init=False)
-    lane: torch.Tensor = field(init=False)
-    num_remote: int = 0
+    def __init__(self) -> None:
+        self._prefixes: dict[str, RemotePrefix] = {}
 
-    def __post_init__(self) -> None:
-        self.remote_len = torch.zeros(self.num_rows, dtype=torch.int64)
-        self.link = torch.full((self.num_rows,), NO_LINK, dtype=torch.int64)
-        self.lane = torch.zeros(self.num_rows, dtype=torch.int64)
+    def __len__(self) -> int:
+        return len(self._prefixes)
 
-    def set(self, row: int, *, remote_len: int, link: int, lane: int) -> None:
-        self.clear(row)
-        self.remote_len[row] = remote_len
-        self.link[row] = link
-        self.lane[row] = lane
-        self.num_remote += 1
+    def set(self, rid: str, *, length: int, link: int, lane: int) -> None:
+        self._prefixes[rid] = RemotePrefix(length, link, lane)
 
-    def disconnect(self, row: int) -> None:
-        """The row's link is gone: attend its suffix only, its request is about to end with an error."""
-        self.link[row] = NO_LINK
+    def disconnect(self, rid: str) -> None:
+        """The request's link is gone: attend its suffix only, it is about to end with an error."""
+        prefix = self._prefixes.get(rid)
+        if prefix is not None:
+            prefix.link = NO_LINK
 
-    def clear(self, row: int) -> None:
-        if self.remote_len[row] != 0:
-            self.num_remote -= 1
-        self.remote_len[row] = 0
-        self.link[row] = NO_LINK
-        self.lane[row] = 0
+    def clear(self, rid: str) -> None:
+        self._prefixes.pop(rid, None)
 
-    def starts(self, req_pool_indices: torch.Tensor) -> torch.Tensor:
-        """First position that is attended locally, int64 [batch]."""
-        return self.remote_len[req_pool_indices]
+    def any_remote(self, rids: Sequence[str]) -> bool:
+        return bool(self._prefixes) and not self._prefixes.keys().isdisjoint(rids)
 
-    def remote_rows(self, req_pool_indices: torch.Tensor) -> list[RemoteRows]:
-        """The batch's offloaded rows, one entry a link, in order of link."""
-        if self.num_remote == 0:
-            return []
-        links = self.link[req_pool_indices]
-        result = []
-        for link in torch.unique(links).tolist():
-            if link != NO_LINK:
-                rows = torch.nonzero(links == link).flatten()
-                lanes = tuple(self.lane[req_pool_indices[rows]].tolist())
-                result.append(RemoteRows(link, rows, lanes))
-        return result
+    def plan(self, rids: Sequence[str]) -> StepPlan | None:
+        """The step of a batch with these requests, in its order; None if all of them are local."""
+        if not self.any_remote(rids):
+            return None
+        starts = [0] * len(rids)
+        parts: dict[int, tuple[list[int], list[int]]] = {}
+        for row, rid in enumerate(rids):
+            prefix = self._prefixes.get(rid)
+            if prefix is None:
+                continue
+            starts[row] = prefix.length
+            if prefix.link != NO_LINK:
+                rows, lanes = parts.setdefault(prefix.link, ([], []))
+                rows.append(row)
+                lanes.append(prefix.lane)
+        remote = tuple(RemoteRows(link, tuple(rows), tuple(lanes)) for link, (rows, lanes) in sorted(parts.items()))
+        return StepPlan(torch.tensor(starts, dtype=torch.int64), remote)

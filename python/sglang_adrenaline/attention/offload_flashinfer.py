@@ -1,0 +1,198 @@
+"""Attention of a decode server that offloads, on a GPU: FlashInfer over the suffix, and the round trip of a layer.
+
+Runs in the decode scheduler's process, inside the forward pass and inside its CUDA graphs. Per layer: queries of all
+rows that have a lane are stored into the executor's buffer, FlashInfer attends over [P, n) of every row, then one
+kernel waits for the answer and merges it in place. What differs from step to step is in device memory (lanes of the
+rows, the channel's endpoint), so a graph serves any set of offloaded requests.
+
+A step is staged before it is planned (`stage`), by the graph runner for a replay and by `init_forward_metadata` for a
+pass without a graph; plan and kernels then find the positions from which they attend here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.flashinfer_backend import DecodeMetadata, FlashInferAttnBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from sglang_adrenaline import kernels
+from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoint
+from sglang_adrenaline.decode.runtime import DecodeRuntime
+from sglang_adrenaline.decode.table import StepPlan
+from sglang_adrenaline.errors import PeerLostError
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StagedStep:
+    """starts: int64 [batch], CPU, first position of each row that is attended here; exchanges: a channel takes part."""
+
+    starts: Tensor
+    exchanges: bool
+
+
+class OffloadFlashInferBackend(FlashInferAttnBackend):
+    """`_staged` is the step that is planned next, None if all its rows are local."""
+
+    def __init__(self, model_runner: ModelRunner, runtime: DecodeRuntime) -> None:
+        super().__init__(model_runner, init_new_workspace=model_runner.init_new_workspace)
+        self._runtime = runtime
+        self._device = torch.device("cuda", model_runner.gpu_id)
+        self._words = runtime.attach_endpoint(IpcEndpoint(model_runner.gpu_id)).words
+        capacity = self.kv_last_page_len.shape[0]
+        self._rows = torch.arange(capacity, dtype=torch.int32, device=self._device)
+        self._lanes = torch.full((capacity,), -1, dtype=torch.int32, device=self._device)
+        self._staged: StagedStep | None = None
+        self._exchanging = False
+        self._plan_whole = self.indices_updater_decode.update
+        self.indices_updater_decode.update = self._plan
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    def stage(self, forward_batch: ForwardBatch) -> bool:
+        """Make this decode batch the step that is planned next; whether a channel takes part in it.
+
+        On the model's stream, once a step: it announces the step to the executor.
+        """
+        plan = self._runtime.table.plan(forward_batch.rids or ())
+        self._staged = None
+        if plan is not None:
+            self._staged = StagedStep(plan.starts, self._begin(plan))
+        return self._staged is not None and self._staged.exchanges
+
+    def exchanges(self, forward_batch: ForwardBatch) -> bool:
+        """Whether the step of this batch would need a channel; announces nothing."""
+        return self._runtime.table.any_remote(forward_batch.rids or ())
+
+    @contextmanager
+    def recording_exchange(self) -> Iterator[None]:
+        """Graphs captured inside hold the round trips."""
+        self._exchanging = True
+        try:
+            yield
+        finally:
+            self._exchanging = False
+
+    def _begin(self, plan: StepPlan) -> bool:
+        lanes = torch.full(plan.starts.shape, -1, dtype=torch.int32)
+        begun = False
+        for part in plan.parts:
+            link = self._runtime.link(part.link)
+            try:
+                link.channel.begin_step(None)
+            except PeerLostError as error:
+                self._runtime.step_failed(link, str(error))
+                continue
+            assert not begun, "two channels in one step"
+            begun = True
+            lanes[list(part.rows)] = torch.tensor(part.lanes, dtype=torch.int32)
+        if begun:
+            # Rows of a padded graph beyond the batch have no lane.
+            padded = torch.full(self._lanes.shape, -1, dtype=torch.int32, pin_memory=True)
+            padded[: len(lanes)] = lanes
+            self._lanes.copy_(padded, non_blocking=True)
+        return begun
+
+    # ---- planning ---------------------------------------------------------------------------------------------------
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        self._staged, self._exchanging = None, False
+        if forward_batch.forward_mode.is_decode():
+            self._exchanging = self.stage(forward_batch)
+        super().init_forward_metadata(forward_batch)
+
+    def _prepare_cuda_graph_metadata(self, bs: int, num_tokens: int, forward_mode: Any, spec_info: Any) -> None:
+        # Upstream makes new wrappers at every capture and plans only the last ones at replay: the graph captured first
+        # would attend with a stale plan. Both graphs of a batch size share the wrappers of the first.
+        wrappers = self.decode_cuda_graph_metadata.get(bs) if forward_mode.is_decode_or_idle() else None
+        if wrappers is None:
+            super()._prepare_cuda_graph_metadata(bs, num_tokens, forward_mode, spec_info)
+        else:
+            self.forward_metadata = DecodeMetadata(wrappers)
+
+    def _plan(
+        self,
+        req_pool_indices: Tensor,
+        seq_lens: Tensor,
+        seq_lens_cpu: Tensor | None,
+        seq_lens_sum: int,
+        decode_wrappers: Any,
+        encoder_lens: Tensor | None,
+        spec_info: Any,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool | None = None,
+    ) -> None:
+        """Plan attention over [start, seq_len) of each row, in place of upstream's [0, seq_len)."""
+        staged, self._staged = self._staged, None
+        if staged is None:
+            self._plan_whole(
+                req_pool_indices,
+                seq_lens,
+                seq_lens_cpu,
+                seq_lens_sum,
+                decode_wrappers,
+                encoder_lens,
+                spec_info,
+                fixed_split_size,
+                disable_split_kv,
+            )
+            return
+        assert seq_lens_cpu is not None
+        # A graph's batch is padded with rows of length 1.
+        starts_cpu = torch.zeros(len(req_pool_indices), dtype=torch.int64, pin_memory=True)
+        starts_cpu[: len(staged.starts)] = staged.starts
+        starts = starts_cpu.to(self._device, non_blocking=True)
+        lens_cpu = seq_lens_cpu - starts_cpu.to(seq_lens_cpu.dtype)
+        updater = self.indices_updater_decode
+        updater.call_begin_forward(
+            (decode_wrappers or updater.decode_wrappers)[0],
+            req_pool_indices,
+            seq_lens - starts.to(seq_lens.dtype),
+            int(lens_cpu.sum()),
+            updater.kv_indptr[0],
+            starts,
+            spec_info,
+            lens_cpu,
+            fixed_split_size=fixed_split_size,
+            disable_split_kv=disable_split_kv,
+        )
+
+    # ---- layers -----------------------------------------------------------------------------------------------------
+
+    def forward_decode(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> Tensor:
+        if not self._exchanging:
+            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        q = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
+        rows, lanes = self._rows[: len(q)], self._lanes[: len(q)]
+        kernels.put_queries(self._words, q, rows, lanes, layer.layer_id)
+        if save_kv_cache and k is not None and v is not None:
+            loc = KVWriteLoc(forward_batch.out_cache_loc, self.forward_metadata.swa_out_cache_loc)
+            self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, *self._kv_write_scales(layer))
+        o, lse = self.forward_metadata.decode_wrappers[0].forward_return_lse(
+            q,
+            self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
+            sm_scale=layer.scaling,
+            logits_soft_cap=layer.logit_cap,
+            k_scale=layer.k_scale_float,
+            v_scale=layer.v_scale_float,
+        )
+        kernels.wait_and_merge_(self._words, o, lse, rows, lanes, layer.layer_id)
+        return o.view(-1, layer.tp_q_head_num * layer.v_head_dim)
