@@ -15,8 +15,11 @@ from sglang_adrenaline.errors import ConfigError
 
 SUPPORTED_SGLANG = ("0.5.17",)
 
-ATTENTION_BACKENDS = ("torch_native",)
-"""Backends that have a suffix-only subclass of ours."""
+CPU_BACKENDS = ("torch_native",)
+DECODE_GPU_BACKENDS = ("flashinfer",)
+"""Those that have a suffix-only subclass of ours."""
+PREFILL_GPU_BACKENDS = ("flashinfer", "fa3", "triton")
+"""Those whose KV pool the executor can read; it brings its own attention."""
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -118,6 +121,10 @@ def _backend_reasons(server_args: Any, config: AdrenalineConfig) -> Iterator[str
         yield "--disaggregation-transfer-backend fake"
     if server_args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"):
         yield f"a quantised KV cache (--kv-cache-dtype {server_args.kv_cache_dtype})"
+    if server_args.device == "cpu":
+        supported = CPU_BACKENDS
+    else:
+        supported = DECODE_GPU_BACKENDS if config.role == "decode" else PREFILL_GPU_BACKENDS
     for backend in sorted({name for name in server_args.get_attention_backends() if name is not None}):
-        if backend not in ATTENTION_BACKENDS:
-            yield f"attention backend {backend!r} (supported: {', '.join(ATTENTION_BACKENDS)})"
+        if backend not in supported:
+            yield f"attention backend {backend!r} (supported: {', '.join(supported)})"

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from sglang_adrenaline import config
 from sglang_adrenaline.errors import ConfigError
+from sglang_adrenaline.launcher import gpus
 from sglang_adrenaline.launcher.ports import check_free, choose_bootstrap_port, control_port, port_number
 
 PROG = "python -m sglang_adrenaline.launch_server"
@@ -153,13 +154,18 @@ def parse(argv: list[str]) -> Plan:
     bootstrap_port = _checked_ports(args)
     common = [*_adrenaline_argv(args), *passed]
 
-    def server(role: config.Role, port: int, extra: list[str]) -> ServerPlan:
-        argv = (*_server_argv(args.host, role, port, bootstrap_port), *common, *extra)
+    tensor_parallel = _value_of(passed, "--tp-size") or _value_of(passed, "--tp") or "1"
+    per_server = [int(tensor_parallel) if tensor_parallel.isdigit() else 1] * 2
+    prefill_gpus, decode_gpus = gpus.placements(gpus.visible_gpus(), per_server)
+
+    def server(role: config.Role, port: int, placement: list[str], extra: list[str]) -> ServerPlan:
+        placement = gpus.without_given(placement, [*passed, *extra])
+        argv = (*_server_argv(args.host, role, port, bootstrap_port), *placement, *common, *extra)
         return ServerPlan(role, 0, port, bootstrap_port, argv)
 
     servers = (
-        server("prefill", args.prefill_port, args.prefill_args),
-        server("decode", args.decode_port, args.decode_args),
+        server("prefill", args.prefill_port, prefill_gpus, args.prefill_args),
+        server("decode", args.decode_port, decode_gpus, args.decode_args),
     )
     return Plan(
         host=args.host,

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from sglang_adrenaline import refusals
 from sglang_adrenaline.config import CONFIG_ENV, AdrenalineConfig, Role
+from sglang_adrenaline.cpu_info import has_accelerator
 from sglang_adrenaline.errors import AdrenalineError, ConfigError
 from sglang_adrenaline.launcher.model import check_model_path
 from sglang_adrenaline.launcher.options import split_server_argv
@@ -22,6 +23,9 @@ from sglang_adrenaline.launcher.processes import die_with_launcher
 
 LOADING_MARK = "sglang_adrenaline: checked, loading the model"
 """Printed between the checks and the start of SGLang's server; the launcher looks for it."""
+
+
+_BACKEND_FLAGS = {"--attention-backend", "--decode-attention-backend", "--prefill-attention-backend"}
 
 
 def run(argv: list[str], role: Role) -> None:
@@ -59,6 +63,8 @@ def _with_defaults(argv: list[str], role: Role) -> list[str]:
     if role == "decode" and "--disaggregation-decode-enable-radix-cache" not in given:
         # An offloaded request is represented as a hit in the decode server's radix cache.
         argv.append("--disaggregation-decode-enable-radix-cache")
+    if role == "decode" and not given & _BACKEND_FLAGS and has_accelerator():
+        argv += ["--attention-backend", refusals.DECODE_GPU_BACKENDS[0]]
     return argv
 
 
