@@ -1,0 +1,45 @@
+"""How much of a prompt stays on the prefill side, decided in the decode scheduler. Pure functions over explicit state.
+
+A decision depends on nothing but the state, the request, the views and the settings, so that every rank that sees the
+same requests in the same order decides alike. What ranks would measure differently (times, reports of prefill
+instances) has to be agreed between them before it becomes a view or an observation.
+
+    wish.py      what a request itself asks for
+    fixed.py     a fixed share of prompt tokens: `decide`
+    auto.py      by load: `decide_by_load`
+    views.py     what `decide_by_load` looks at
+    feedback.py  what measured steps change: `observe`
+    bounds.py    the offload bounds of the paper
+    sm_share.py  how prefill and executor share a GPU
+"""
+
+from sglang_adrenaline.policy.auto import Decision, LoadState, Reason, decide_by_load
+from sglang_adrenaline.policy.bounds import Bounds, offload_bounds
+from sglang_adrenaline.policy.feedback import Observation, observe
+from sglang_adrenaline.policy.fixed import Settings, State, decide
+from sglang_adrenaline.policy.sm_share import PrefillLoad, SharePoint, choose_share
+from sglang_adrenaline.policy.views import DecodeView, LoadSettings, PrefillView, Request
+from sglang_adrenaline.policy.wish import WHOLE_PROMPT, requested_prefix_len
+
+__all__ = [
+    "WHOLE_PROMPT",
+    "Bounds",
+    "Decision",
+    "DecodeView",
+    "LoadSettings",
+    "LoadState",
+    "Observation",
+    "PrefillLoad",
+    "PrefillView",
+    "Reason",
+    "Request",
+    "Settings",
+    "SharePoint",
+    "State",
+    "choose_share",
+    "decide",
+    "decide_by_load",
+    "observe",
+    "offload_bounds",
+    "requested_prefix_len",
+]

@@ -1,0 +1,183 @@
+"""Offloads by load (`--adrenaline-offload-ratio auto`): where to split a prompt so that remote time hides under local.
+
+In a step, attention over the suffixes here and over the prefixes of each prefill instance i run at the same time:
+
+    t_local = local / rate_d            t_i = round_trip_i + remote_i / rate_i
+
+The step waits for the slowest of them, the water level. C2, the bandwidth condition: a prompt of n tokens may leave P
+on instance i as long as t_i stays under the level, which is raised by the n - P that stay here:
+
+    P <= (level of the other instances - round_trip_i) * rate_i - remote_i
+    or P <= ((local + n) / rate_d - round_trip_i - remote_i / rate_i) / (1 / rate_i + 1 / rate_d)
+
+C1, the memory condition: P fits under the cap on pinned tokens. A request that finds no room here would wait for it:
+it goes remote beyond the hidden part, within C1, as long as the batch stays under B_max, the step within the TPOT SLO
+and tokens per second do not fall.
+
+Whole prompts are preferred to split ones: a whole remote prompt needs no transfer, a local one no round trip.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+
+import msgspec
+
+from sglang_adrenaline.policy.views import DecodeView, LoadSettings, PrefillView, Request, pin_room
+from sglang_adrenaline.policy.wish import page_floor, wished_split
+
+
+class Reason(enum.StrEnum):
+    """Why a request was decided as it was; metric labels."""
+
+    WISH = "wish"
+    SHORT = "short"
+    NO_PEER = "no_peer"
+    NOT_WORTH = "not_worth"
+    HIDDEN = "hidden"
+    OVERFLOW = "overflow"
+    TOO_LONG = "too_long"
+    LEVEL = "level"
+    CAP = "cap"
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """split: tokens that stay remote, whole pages, 0..prompt_len. reason: what allowed or, at 0, forbade it."""
+
+    split: int
+    reason: Reason
+
+
+class LoadState(msgspec.Struct, frozen=True):
+    """What decisions and observations carry on."""
+
+    pressed: bool = False
+    """Requests did not fit into decode's memory of late."""
+    reuse: float = 0.0
+    """Running share of prompt tokens that were already on the prefill side."""
+    limited: int = 0
+    """Requests that stayed local for the water level since the last observation."""
+    rates: Mapping[str, float] = {}
+    """Per prefill instance: its executor's rate as share of what its view says; 1 where it is missing."""
+    votes: Mapping[str, int] = {}
+    """Per prefill instance: observations in a row that asked for more (positive) or less (negative)."""
+    step_scale: float = 1.0
+    """Measured step time as share of the predicted one."""
+
+
+def decide_by_load(
+    state: LoadState,
+    request: Request,
+    target: str,
+    decode: DecodeView,
+    prefill: Mapping[str, PrefillView],
+    settings: LoadSettings,
+) -> tuple[Decision, LoadState]:
+    """Decide about a request whose prompt is computed by the prefill instance `target`, when it is to be admitted.
+
+    `prefill`: all instances on which this decode instance has or could have prefixes. Answers at once, never holds a
+    request back; a local request waits for memory as in stock SGLang.
+    """
+    length, page = request.prompt_len, settings.page_size
+    if request.wish is not None:
+        return Decision(wished_split(length, request.wish, page), Reason.WISH), state
+    reused = max(request.shared_tokens, request.cached_tokens) / length if length else 0.0
+    pressed = _pressed(state.pressed, request, decode, settings)
+    reuse = state.reuse + settings.reuse_weight * (reused - state.reuse)
+    peer = prefill.get(target)
+    if peer is None:
+        decision = Decision(0, Reason.NO_PEER)
+    elif length < settings.min_tokens:
+        decision = Decision(0, Reason.SHORT)
+    else:
+        hidden = _hidden(state, request, target, decode, prefill, settings)
+        if reused < 0.5:
+            hidden *= 1.0 - settings.reuse_reserve * reuse
+        overflow = _overflow(state, decode, _rate(state, target, peer), peer, settings) if pressed else 0.0
+        decision = _decide(request, hidden, overflow, decode, peer, settings)
+    limited = state.limited + (decision.reason is Reason.LEVEL)
+    return decision, LoadState(pressed, reuse, limited, state.rates, state.votes, state.step_scale)
+
+
+def _decide(
+    request: Request, hidden: float, overflow: float, decode: DecodeView, peer: PrefillView, settings: LoadSettings
+) -> Decision:
+    """hidden, overflow: tokens that either rule allows; the caps come on top."""
+    length = request.prompt_len
+    room = min(length, pin_room(peer, settings) + request.shared_tokens) if peer.lanes_free > 0 else 0
+    all_of_it = page_floor(room, settings.page_size)
+    too_much = length + decode.growth_tokens - decode.pool_tokens
+    if 0 < too_much <= all_of_it:
+        return Decision(all_of_it, Reason.TOO_LONG)
+    if overflow > hidden and (split := _split(min(room, overflow), length, settings)):
+        return Decision(split, Reason.OVERFLOW)
+    if not _worth(request, decode, peer):
+        return Decision(0, Reason.NOT_WORTH)
+    if split := _split(min(room, hidden), length, settings):
+        return Decision(split, Reason.HIDDEN)
+    return Decision(0, Reason.CAP if room <= hidden else Reason.LEVEL)
+
+
+def _pressed(before: bool, request: Request, decode: DecodeView, settings: LoadSettings) -> bool:
+    """With hysteresis: begins when a request does not fit, ends when one fits with room to spare."""
+    spare = decode.free_tokens - (request.prompt_len - request.local_cached_tokens + decode.growth_tokens)
+    return spare < (settings.relief * decode.pool_tokens if before else 0)
+
+
+def _hidden(
+    state: LoadState,
+    request: Request,
+    target: str,
+    decode: DecodeView,
+    prefill: Mapping[str, PrefillView],
+    settings: LoadSettings,
+) -> float:
+    """Tokens of this prompt that instance `target` can take without becoming what the step waits for."""
+    others = 0.0
+    for name, view in prefill.items():
+        if name != target and view.attended_tokens:
+            others = max(others, view.round_trip_s + view.attended_tokens / _rate(state, name, view))
+    peer = prefill[target]
+    rate = _rate(state, target, peer)
+    remote = peer.attended_tokens - (request.shared_tokens if settings.shared_read else 0)
+    fill = (others - peer.round_trip_s) * rate - remote
+    local_s = (decode.local_tokens + request.prompt_len) / decode.attention_rate
+    balance = (local_s - peer.round_trip_s - remote / rate) / (1.0 / rate + 1.0 / decode.attention_rate)
+    return max(fill, balance, 0.0)
+
+
+def _rate(state: LoadState, name: str, peer: PrefillView) -> float:
+    return peer.attention_rate * state.rates.get(name, 1.0)
+
+
+def _worth(request: Request, decode: DecodeView, peer: PrefillView) -> bool:
+    """Whether a balanced split of all attention would save more than offloading costs; what is begun goes on longer."""
+    total_s = (decode.local_tokens + request.prompt_len) / decode.attention_rate
+    saved_s = total_s * peer.attention_rate / (peer.attention_rate + decode.attention_rate)
+    return saved_s > (peer.overhead_s / 2 if peer.attended_tokens else peer.overhead_s)
+
+
+def _overflow(state: LoadState, decode: DecodeView, rate: float, peer: PrefillView, settings: LoadSettings) -> float:
+    """Tokens that a request may leave remote as one more row: within B_max, the SLO, and without loss of throughput."""
+    if decode.rows >= settings.max_rows:
+        return 0.0
+    local_s = decode.local_tokens / decode.attention_rate
+    remote_s = peer.round_trip_s + peer.attended_tokens / rate if peer.attended_tokens else 0.0
+    step_s = decode.linear_s + max(local_s, remote_s)
+    longest_s = step_s * (decode.rows + 1) / decode.rows if decode.rows else math.inf
+    if settings.slo_tpot_s is not None:
+        longest_s = min(longest_s, settings.slo_tpot_s / state.step_scale)
+    attention_s = longest_s - decode.linear_s - decode.linear_row_s
+    if attention_s < local_s:
+        return 0.0
+    return max((attention_s - peer.round_trip_s) * rate - peer.attended_tokens, 0.0)
+
+
+def _split(limit: float, length: int, settings: LoadSettings) -> int:
+    """The largest split up to `limit` that is worth having: the whole prompt, or two parts that are both long."""
+    if limit > length - 0.5:  # a balance that is a whole prompt up to rounding
+        return page_floor(length, settings.page_size)
+    split = page_floor(int(min(limit, length - settings.split_tokens)), settings.page_size)
+    return split if split >= settings.split_tokens else 0

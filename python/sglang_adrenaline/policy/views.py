@@ -1,0 +1,94 @@
+"""What the decision by load looks at: the request, the decode instance, the prefill instances, the settings.
+
+Sizes are KV tokens of one rank, rates KV tokens that attention reads per second on one rank (over all layers), times
+seconds. Every rank has to be handed the same values.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """A request about to be admitted."""
+
+    prompt_len: int
+    wish: int | None = None
+    """Its own split: None leaves it to us, `wish.WHOLE_PROMPT` or a number of tokens otherwise."""
+    shared_tokens: int = 0
+    """Leading prompt tokens that other requests of this decode instance already keep pinned on the prefill instance."""
+    cached_tokens: int = 0
+    """Leading prompt tokens in the prefill instance's radix tree, pinned or not; at least `shared_tokens`."""
+    local_cached_tokens: int = 0
+    """Leading prompt tokens in the decode instance's own radix tree."""
+
+
+class DecodeView(msgspec.Struct, frozen=True, kw_only=True):
+    """The deciding decode instance."""
+
+    pool_tokens: int
+    free_tokens: int
+    """Neither used nor promised; what the radix tree could evict counts as free."""
+    local_tokens: int
+    """Tokens of all admitted requests that are attended to here in a step: suffixes and local prompts."""
+    rows: int
+    """Admitted requests."""
+    attention_rate: float
+    linear_s: float = 0.0
+    """Time of a step at `rows` without attention."""
+    linear_row_s: float = 0.0
+    """What one more row adds to it."""
+    growth_tokens: int = 0
+    """Room that admission asks for beside the prompt."""
+
+
+class PrefillView(msgspec.Struct, frozen=True, kw_only=True):
+    """One prefill instance as this decode instance sees it."""
+
+    pool_tokens: int
+    pinned_tokens: int
+    """Pinned or reserved for all decode instances, each slot once."""
+    attended_tokens: int
+    """Tokens that its executor reads in a step of each of its decode instances, together."""
+    lanes_free: int
+    attention_rate: float
+    """Of the executor on its share of the device."""
+    round_trip_s: float = 0.0
+    """Per step: what all layers' round trips take when the executor has nothing to read."""
+    overhead_s: float = 0.0
+    """Per step: what offloading costs even when it is wholly hidden (put and merge of every layer)."""
+    cache_reserve_tokens: int = 0
+    """Head-room left to prefill's own work and cache."""
+
+
+class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Set at start. SLOs in seconds, None: no such objective."""
+
+    page_size: int = 1
+    min_tokens: int = 16
+    """Shorter prompts stay local."""
+    max_pinned_fraction: float = 0.8
+    split_tokens: int = 1024
+    """A prompt is split only if both parts have as many; else it is whole here or whole there."""
+    max_rows: int = 1 << 30
+    """B_max: offloading does not enlarge a batch beyond it."""
+    slo_tpot_s: float | None = None
+    shared_read: bool = False
+    """Whether the executor reads a prefix once for all requests that share it."""
+    reuse_reserve: float = 0.25
+    """Share of the hidden room that is kept for requests with a reused prefix while all requests have one."""
+    reuse_weight: float = 0.02
+    """Weight of the newest request in the running share of reused prompt tokens."""
+    relief: float = 0.1
+    """Memory pressure is over once a request fits with this share of the pool to spare."""
+    wait_low: float = 0.01
+    wait_high: float = 0.05
+    """Exposed wait as share of a step: below the one there is room for more, above the other it is too much."""
+    patience: int = 3
+    """So many observations in a row have to agree before anything is changed."""
+
+
+def pin_room(peer: PrefillView, settings: LoadSettings) -> int:
+    """Tokens that may still be pinned on a prefill instance: under the cap, and with its own head-room left alone."""
+    cap = min(int(settings.max_pinned_fraction * peer.pool_tokens), peer.pool_tokens - peer.cache_reserve_tokens)
+    return max(cap - peer.pinned_tokens, 0)

@@ -1,0 +1,316 @@
+"""The decision by load: caps, bounds, monotonicity, hysteresis, and independence of order and rank."""
+
+import itertools
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_adrenaline import policy
+from sglang_adrenaline.policy.views import pin_room
+
+tokens = st.integers(0, 200_000)
+rates = st.floats(1e5, 1e8)
+overheads = st.floats(0, 2e-3)
+
+requests = st.integers(1, 40_000).flatmap(
+    lambda n: st.builds(
+        lambda shared, cached, local: policy.Request(
+            prompt_len=n,
+            shared_tokens=min(shared, cached),
+            cached_tokens=max(shared, cached),
+            local_cached_tokens=local,
+        ),
+        shared=st.integers(0, n),
+        cached=st.integers(0, n),
+        local=st.integers(0, n),
+    )
+)
+decodes = st.builds(
+    lambda pool, free, **rest: policy.DecodeView(pool_tokens=pool, free_tokens=min(free, pool), **rest),
+    pool=st.integers(1_000, 200_000),
+    free=tokens,
+    local_tokens=tokens,
+    rows=st.integers(0, 500),
+    attention_rate=rates,
+    linear_s=st.floats(0, 0.05),
+    linear_row_s=st.floats(0, 1e-4),
+    growth_tokens=st.integers(0, 2_000),
+)
+peers = st.builds(
+    policy.PrefillView,
+    pool_tokens=st.integers(1_000, 200_000),
+    pinned_tokens=tokens,
+    attended_tokens=tokens,
+    lanes_free=st.integers(0, 3),
+    attention_rate=rates,
+    round_trip_s=overheads,
+    overhead_s=overheads,
+    cache_reserve_tokens=st.integers(0, 20_000),
+)
+fleets = st.dictionaries(st.sampled_from("abcd"), peers, min_size=1).filter(lambda fleet: "a" in fleet)
+states = st.builds(
+    policy.LoadState,
+    pressed=st.booleans(),
+    reuse=st.floats(0, 1),
+    rates=st.dictionaries(st.sampled_from("abcd"), st.floats(0.25, 2)),
+    step_scale=st.floats(0.5, 3),
+)
+settings = st.builds(
+    policy.LoadSettings,
+    page_size=st.sampled_from([1, 16, 64]),
+    min_tokens=st.integers(1, 100),
+    max_pinned_fraction=st.floats(0.05, 1),
+    split_tokens=st.integers(1, 4_000),
+    max_rows=st.integers(1, 600),
+    slo_tpot_s=st.none() | st.floats(1e-3, 0.2),
+    shared_read=st.booleans(),
+)
+IDLE = {
+    "a": policy.PrefillView(pool_tokens=100_000, pinned_tokens=0, attended_tokens=0, lanes_free=9, attention_rate=6e6)
+}
+BUSY = policy.DecodeView(
+    pool_tokens=100_000, free_tokens=50_000, local_tokens=50_000, rows=80, attention_rate=6e6, linear_s=0.0045
+)
+
+
+def split(state, request, decode, fleet, rules):
+    return policy.decide_by_load(state, request, "a", decode, fleet, rules)[0].split
+
+
+@given(states, requests, decodes, fleets, settings)
+def test_decide_anything_stays_within_prompt_and_caps(state, request, decode, fleet, rules):
+    decision, after = policy.decide_by_load(state, request, "a", decode, fleet, rules)
+    peer = fleet["a"]
+    assert 0 <= decision.split <= request.prompt_len and decision.split % rules.page_size == 0
+    new = decision.split - min(request.shared_tokens, decision.split)
+    assert new <= pin_room(peer, rules)
+    if decision.split:
+        assert peer.lanes_free > 0 and request.prompt_len >= rules.min_tokens
+        assert peer.pinned_tokens + new <= max(rules.max_pinned_fraction * peer.pool_tokens, peer.pinned_tokens)
+    assert 0 <= after.reuse <= 1
+
+
+@given(states, requests, decodes, fleets, settings)
+def test_decide_hidden_split_is_never_what_the_step_waits_for(state, request, decode, fleet, rules):
+    decision, _ = policy.decide_by_load(state, request, "a", decode, fleet, rules)
+    if decision.reason is not policy.Reason.HIDDEN:
+        return
+
+    def time_of(name, read):
+        rate = fleet[name].attention_rate * state.rates.get(name, 1.0)
+        return fleet[name].round_trip_s + (fleet[name].attended_tokens + read) / rate
+
+    own = time_of("a", decision.split - (request.shared_tokens if rules.shared_read else 0))
+    local = (decode.local_tokens + request.prompt_len - decision.split) / decode.attention_rate
+    others = [time_of(name, 0) for name in fleet if name != "a" and fleet[name].attended_tokens]
+    assert own <= max([local, *others]) + 2 / fleet["a"].attention_rate / min(state.rates.get("a", 1.0), 1) + 1e-9
+
+
+@given(states, requests, decodes, fleets, settings)
+def test_decide_every_dict_order_decides_alike(state, request, decode, fleet, rules):
+    backwards = dict(reversed(fleet.items()))
+    mirrored = msgspec.structs.replace(state, rates=dict(reversed(state.rates.items())))
+    assert policy.decide_by_load(state, request, "a", decode, fleet, rules) == policy.decide_by_load(
+        mirrored, request, "a", decode, backwards, rules
+    )
+
+
+@given(states, requests, decodes, fleets, settings, tokens)
+def test_decide_more_free_memory_on_decode_never_offloads_more(state, request, decode, fleet, rules, more):
+    roomier = msgspec.structs.replace(decode, free_tokens=min(decode.free_tokens + more, decode.pool_tokens))
+    assert split(state, request, roomier, fleet, rules) <= split(state, request, decode, fleet, rules)
+
+
+@given(states, requests, decodes, fleets, settings, tokens)
+def test_decide_more_free_memory_on_prefill_never_offloads_less(state, request, decode, fleet, rules, freed):
+    peer = fleet["a"]
+    emptier = msgspec.structs.replace(peer, pinned_tokens=max(peer.pinned_tokens - freed, 0))
+    assert split(state, request, decode, fleet | {"a": emptier}, rules) >= split(state, request, decode, fleet, rules)
+
+
+@given(states, requests, decodes, fleets, settings)
+def test_decide_shared_prefix_never_offloads_less_than_a_fresh_one(state, request, decode, fleet, rules):
+    fresh = msgspec.structs.replace(request, shared_tokens=0, cached_tokens=0)
+    assert split(state, request, decode, fleet, rules) >= split(state, fresh, decode, fleet, rules)
+
+
+@given(st.lists(st.tuples(requests, decodes, fleets), max_size=20), settings)
+def test_decide_same_sequence_decides_alike_on_every_rank(sequence, rules):
+    def run():
+        state, taken = policy.LoadState(), []
+        for request, decode, fleet in sequence:
+            decision, state = policy.decide_by_load(state, request, "a", decode, fleet, rules)
+            taken.append(decision)
+        return taken, state
+
+    assert run() == run()
+
+
+@given(states, decodes, fleets, settings, st.integers(-1, 40_000))
+def test_decide_wish_is_taken_and_leaves_the_state_alone(state, decode, fleet, rules, wish):
+    request = policy.Request(prompt_len=1000, wish=min(wish, 1000))
+    decision, after = policy.decide_by_load(state, request, "a", decode, fleet, rules)
+    whole = 1000 if request.wish == policy.WHOLE_PROMPT else request.wish
+    assert decision.split == whole - whole % rules.page_size and after == state
+
+
+def test_decide_unknown_instance_keeps_the_request_local():
+    decision, _ = policy.decide_by_load(
+        policy.LoadState(), policy.Request(prompt_len=500), "gone", BUSY, IDLE, policy.LoadSettings()
+    )
+    assert decision == policy.Decision(0, policy.Reason.NO_PEER)
+
+
+def test_decide_equal_instances_end_up_balanced():
+    """Ten thousand tokens in prompts of 500 over two equal bandwidths: half of them here, half there."""
+    state, local, remote = policy.LoadState(), 0, 0
+    for _ in range(20):
+        decode = msgspec.structs.replace(BUSY, local_tokens=local, rows=1)
+        fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=remote, pinned_tokens=remote)}
+        decision, state = policy.decide_by_load(
+            state, policy.Request(prompt_len=500), "a", decode, fleet, policy.LoadSettings()
+        )
+        remote += decision.split
+        local += 500 - decision.split
+    assert abs(local - remote) <= 500
+
+
+def test_decide_single_long_prompt_is_split_where_both_sides_take_equally_long():
+    decode = msgspec.structs.replace(BUSY, local_tokens=0, rows=0)
+    assert split(policy.LoadState(), policy.Request(prompt_len=8192), decode, IDLE, policy.LoadSettings()) == 4096
+
+
+def test_decide_other_instance_sets_the_level_fills_up_to_it():
+    fleet = IDLE | {"b": msgspec.structs.replace(IDLE["a"], attended_tokens=30_000)}
+    decode = msgspec.structs.replace(BUSY, local_tokens=1_000)
+    decision, _ = policy.decide_by_load(
+        policy.LoadState(), policy.Request(prompt_len=20_000), "a", decode, fleet, policy.LoadSettings()
+    )
+    assert decision == policy.Decision(20_000, policy.Reason.HIDDEN)
+
+
+def test_decide_full_decode_memory_overflows_until_the_slo():
+    full = msgspec.structs.replace(BUSY, free_tokens=100, local_tokens=60_000)
+    fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=60_000, pinned_tokens=60_000)}
+    request = policy.Request(prompt_len=700)
+
+    def at(rules):
+        return policy.decide_by_load(policy.LoadState(), request, "a", full, fleet, rules)[0]
+
+    assert at(policy.LoadSettings()) == policy.Decision(700, policy.Reason.OVERFLOW)
+    assert at(policy.LoadSettings(slo_tpot_s=0.0145)).split == 0
+    assert at(policy.LoadSettings(max_rows=80)).split == 0
+
+
+def test_decide_prompt_longer_than_decode_memory_stays_remote_as_far_as_needed():
+    decode = msgspec.structs.replace(BUSY, pool_tokens=4_000, free_tokens=4_000, local_tokens=0, rows=0)
+    decision, _ = policy.decide_by_load(
+        policy.LoadState(), policy.Request(prompt_len=10_000), "a", decode, IDLE, policy.LoadSettings()
+    )
+    assert decision.reason is policy.Reason.TOO_LONG and 10_000 - decision.split <= 4_000
+
+
+def test_decide_pressure_comes_and_goes_with_hysteresis():
+    request, rules = policy.Request(prompt_len=1_000), policy.LoadSettings(relief=0.1)
+    pressed = []
+    state = policy.LoadState()
+    for free in (5_000, 900, 5_000, 900, 10_900, 11_100, 5_000):
+        decode = msgspec.structs.replace(BUSY, free_tokens=free)
+        _, state = policy.decide_by_load(state, request, "a", decode, IDLE, rules)
+        pressed.append(state.pressed)
+    assert pressed == [False, True, True, True, True, False, False]
+
+
+def test_decide_reused_prefixes_keep_room_from_fresh_ones():
+    state, rules = policy.LoadState(reuse=1.0), policy.LoadSettings(reuse_reserve=0.25)
+    fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=49_000, pinned_tokens=49_000)}
+    fresh = policy.Request(prompt_len=900)
+    reused = policy.Request(prompt_len=900, cached_tokens=800)
+    assert split(policy.LoadState(), fresh, BUSY, fleet, rules) == 900
+    assert split(state, fresh, BUSY, fleet, rules) == 0
+    assert split(state, reused, BUSY, fleet, rules) == 900
+
+
+def seen(exposed, peer="a", step_s=0.02):
+    return policy.Observation(peer=peer, steps=50, step_s=step_s, predicted_step_s=0.02, exposed_wait_s=exposed)
+
+
+def run_observations(waits, limited=5, **state):
+    current = policy.LoadState(limited=limited, **state)
+    for wait in waits:
+        current = policy.observe(current, seen(wait * 0.02), policy.LoadSettings())
+        current = msgspec.structs.replace(current, limited=limited)
+    return current.rates.get("a", 1.0)
+
+
+def test_observe_waits_inside_the_dead_band_change_nothing():
+    assert run_observations([0.02, 0.04, 0.03] * 10) == 1.0
+
+
+def test_observe_noise_around_the_band_does_not_flap():
+    assert run_observations([0.2, 0.0] * 20) == 1.0
+    assert run_observations([0.2, 0.2, 0.03, 0.0, 0.0] * 10) == 1.0
+
+
+def test_observe_lasting_waits_lower_the_rate_and_idle_time_raises_it_within_bounds():
+    assert run_observations([0.2] * 3) == 0.9
+    assert run_observations([0.0] * 3) == 1.05
+    assert run_observations([0.2] * 300) == 0.25
+    assert run_observations([0.0] * 300) == 2.0
+
+
+def test_observe_no_waits_without_a_limited_request_ask_for_no_more():
+    assert run_observations([0.0] * 10, limited=0) == 1.0
+
+
+def test_observe_waits_under_memory_pressure_are_accepted():
+    assert run_observations([0.2] * 10, pressed=True) == 1.0
+
+
+@given(st.permutations(["a", "b", "c"]))
+def test_observe_peers_in_any_order_give_the_same_rates(order):
+    def after(names):
+        state = policy.LoadState()
+        for _, name in itertools.product(range(3), names):
+            state = policy.observe(state, seen(0.004, name), policy.LoadSettings())
+        return state.rates
+
+    assert after(order) == after(["a", "b", "c"])
+
+
+def test_bounds_paper_formulas():
+    peer = policy.PrefillView(
+        pool_tokens=100_000, pinned_tokens=30_000, attended_tokens=0, lanes_free=1, attention_rate=3e6
+    )
+    bounds = policy.offload_bounds(BUSY, [peer, peer], policy.LoadSettings(), rows_max=180, rows_slo=100)
+    assert (bounds.memory, bounds.bandwidth, bounds.compute) == (1.6, 1.0, 0.8)
+    assert (bounds.mem, bounds.bound) == (1.0, 0.8)
+
+
+POINTS = [
+    policy.SharePoint(executor_share=share, attention_rate=rate, prefill_rate=prefill)
+    for share, rate, prefill in ((0.1, 2e6, 30e3), (0.25, 4e6, 25e3), (0.5, 5.5e6, 17e3), (1.0, 6e6, 5e3))
+]
+
+
+@given(st.floats(0, 50), st.floats(0.01, 0.99))
+def test_choose_share_more_load_or_a_tighter_objective_never_takes_more(requests_s, fraction):
+    def share(requests_s, slo):
+        load = policy.PrefillLoad(requests_s=requests_s, prompt_tokens=512)
+        return policy.choose_share(POINTS, load, slo).executor_share
+
+    assert share(requests_s, 1.0) <= share(requests_s * fraction, 1.0)
+    assert share(requests_s, fraction) <= share(requests_s, 1.0)
+
+
+def test_choose_share_idle_takes_the_fastest_and_overload_the_smallest():
+    assert policy.choose_share(POINTS, policy.PrefillLoad(requests_s=0, prompt_tokens=512), 1.0).executor_share == 1.0
+    assert policy.choose_share(POINTS, policy.PrefillLoad(requests_s=999, prompt_tokens=512), 1.0).executor_share == 0.1
+
+
+def test_choose_share_growing_needs_room_to_spare():
+    # 0.5 carries up to about 29.8 requests/s of 512 tokens; at 28 it does, with a tenth more it would not.
+    load = policy.PrefillLoad(requests_s=28, prompt_tokens=512)
+    assert policy.choose_share(POINTS, load, 1.0, current=0.5).executor_share == 0.5
+    assert policy.choose_share(POINTS, load, 1.0, current=0.25).executor_share == 0.25
