@@ -1,0 +1,116 @@
+"""Times of decode steps and prefill from a profile; what the policy and the simulator compute with. Pure.
+
+    step(rows, local, remote_i) = fixed + linear(rows) + max(local / rate, round_trip + remote_i / rate_i) + overhead
+
+`linear` interpolates the profile's points; rates are KV tokens per second (bytes per second / bytes of a token). Each
+layer waits for its own slowest part; since all layers read alike, the maximum over a step's sums is the same.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+
+from sglang_adrenaline.policy.sm_share import SharePoint
+from sglang_adrenaline.profile_data import Profile, ShareFigures
+
+WHOLE_DEVICE = 0.0
+"""As a share: no partition; executor and prefill use all SMs and get in each other's way."""
+
+
+class CostModel:
+    """The times of one instance. Immutable."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.kv_token_bytes = profile.model.kv_token_bytes / profile.tp_size
+        self.attention_rate = profile.attention_bytes_s / self.kv_token_bytes
+        self.layers = profile.model.num_layers
+        self._rows = [point.rows for point in profile.linear]
+        self._seconds = [point.seconds for point in profile.linear]
+        self._cache: dict[int, float] = {}
+
+    def linear_s(self, rows: int) -> float:
+        """A step's work without attention, fixed part included; 0 rows take no step."""
+        if rows <= 0:
+            return 0.0
+        cached = self._cache.get(rows)
+        if cached is None:
+            line = _interpolate(self._rows, self._seconds, rows)
+            cached = self._cache[rows] = self.profile.step_fixed_s + line
+        return cached
+
+    def round_trip_s(self, rows: int) -> float:
+        """All layers' round trips for so many offloaded rows."""
+        points = self.profile.round_trip
+        if len(points) == 1:
+            return self.layers * points[0].seconds
+        return self.layers * _interpolate([p.rows for p in points], [p.seconds for p in points], rows)
+
+    @property
+    def overhead_s(self) -> float:
+        return self.layers * self.profile.overhead_layer_s
+
+    def step_s(self, rows: int, local_tokens: float, remote: Iterable[tuple[float, float, float]] = ()) -> float:
+        """remote: (tokens, rate, round trip) for each prefill instance that has a part in the step."""
+        slowest = local_tokens / self.attention_rate
+        overhead = 0.0
+        for tokens, rate, trip_s in remote:
+            slowest = max(slowest, trip_s + tokens / rate)
+            overhead = self.overhead_s
+        return self.linear_s(rows) + slowest + overhead
+
+    def prefill_s(self, new_tokens: int, cached_tokens: int = 0) -> float:
+        """One prompt's own part of a batch (the batch's fixed time excluded)."""
+        pairs = new_tokens * (cached_tokens + new_tokens / 2)
+        return new_tokens * self.profile.prefill_token_s + pairs * self.profile.prefill_pair_s
+
+    def transfer_s(self, tokens: int) -> float:
+        return tokens * self.kv_token_bytes / self.profile.transfer_bytes_s
+
+    def pool_tokens(self, memory_fraction: float = 0.85) -> int:
+        """KV tokens that fit beside the weights (1 % of the memory left to activations)."""
+        weights = self.profile.model.weight_bytes / self.profile.tp_size
+        return max(int(((memory_fraction - 0.01) * self.profile.memory_bytes - weights) / self.kv_token_bytes), 0)
+
+    def share_figures(self, share: float) -> ShareFigures:
+        """The profile's point nearest to a share of the device."""
+        return min(self.profile.shares, key=lambda point: (abs(point.share - share), point.share))
+
+    def share_points(self) -> list[SharePoint]:
+        """For `policy.choose_share`."""
+        return [
+            SharePoint(
+                executor_share=point.share,
+                attention_rate=point.attention_bytes_s / self.kv_token_bytes,
+                prefill_rate=point.prefill_factor / self.profile.prefill_token_s,
+            )
+            for point in self.profile.shares
+        ]
+
+    def rows_max(self) -> int:
+        """B_max: where the linear work turns compute-bound: its flat beginning meets the slope of its end."""
+        slope = (self._seconds[-1] - self._seconds[-2]) / (self._rows[-1] - self._rows[-2])
+        return max(int(self._seconds[0] / slope), 1) if slope > 0 else self._rows[-1]
+
+    def rows_within(self, slo_tpot_s: float | None, tokens_per_row: float, pool_tokens: int) -> int:
+        """B_TPOT: the largest batch of such requests that is within the SLO and the pool without offloading."""
+        low, high = 0, max(int(pool_tokens / max(tokens_per_row, 1.0)), 0)
+        if slo_tpot_s is None:
+            return high
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.step_s(middle, middle * tokens_per_row) <= slo_tpot_s:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+def _interpolate(xs: list[int], ys: list[float], x: float) -> float:
+    """Piecewise linear; flat before the first point, the last piece's slope after the last."""
+    if x <= xs[0] or len(xs) == 1:
+        return ys[0]
+    right = min(bisect.bisect_left(xs, x), len(xs) - 1)
+    left = right - 1
+    return ys[left] + (ys[right] - ys[left]) * (x - xs[left]) / (xs[right] - xs[left])

@@ -1,0 +1,108 @@
+"""What sizes of a model and data sheets of devices say: bytes and operations. No measurement, no SGLang, no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from sglang_adrenaline.errors import ConfigError
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+
+
+class ModelFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Shape of a dense decoder with gated MLPs (Llama's), as one TP rank sees nothing else: whole-model sizes."""
+
+    num_layers: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_qo_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    vocab_size: Size
+    weight_bytes_each: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
+    kv_bytes_each: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
+
+    @property
+    def layer_parameters(self) -> int:
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_qo_heads + self.num_kv_heads)
+        return attention + 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def linear_parameters(self) -> int:
+        """Of every matrix a decode step multiplies with; the embedding table is looked up, not multiplied."""
+        return self.num_layers * self.layer_parameters + self.vocab_size * self.hidden_size
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.linear_parameters * self.weight_bytes_each
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_bytes_each
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row sends and gets back in one layer: q, o and lse."""
+        return self.num_qo_heads * (2 * self.head_dim * self.kv_bytes_each + 4)
+
+
+def model_from_config(path: str, *, bytes_each: int = 2) -> ModelFigures:
+    """Figures of a Hugging Face `config.json` (or the directory that holds one). Raises ConfigError, one line."""
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    try:
+        config: dict[str, Any] = json.loads(file.read_text())
+        heads = config["num_attention_heads"]
+        figures = {
+            "num_layers": config["num_hidden_layers"],
+            "hidden_size": config["hidden_size"],
+            "intermediate_size": config["intermediate_size"],
+            "num_qo_heads": heads,
+            "num_kv_heads": config.get("num_key_value_heads") or heads,
+            "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+            "vocab_size": config["vocab_size"],
+            "weight_bytes_each": bytes_each,
+            "kv_bytes_each": bytes_each,
+        }
+        model = msgspec.convert(figures, ModelFigures)
+    except OSError as error:
+        raise ConfigError(f"no model shape in {file}: {error.strerror}") from None
+    except KeyError as error:
+        raise ConfigError(f"no model shape in {file}: {error} is missing") from None
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, msgspec.ValidationError) as error:
+        raise ConfigError(f"no model shape in {file}: {error}") from None
+    if config.get("num_local_experts") or config.get("n_routed_experts"):
+        raise ConfigError(f"{file}: the cost model knows dense models only, not mixtures of experts")
+    return model
+
+
+class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Data sheet of one device. Bytes, bytes per second, dense 16-bit operations per second."""
+
+    memory_bytes: float
+    memory_bytes_s: float
+    flops: float
+    peer_bytes_s: float
+    """To a peer on the same host, one direction."""
+    gpu: bool = True
+
+
+DEVICES: dict[str, DeviceFigures] = {
+    "H100": DeviceFigures(memory_bytes=85.0e9, memory_bytes_s=3.35e12, flops=989e12, peer_bytes_s=450e9),
+    "H200": DeviceFigures(memory_bytes=150.0e9, memory_bytes_s=4.8e12, flops=989e12, peer_bytes_s=450e9),
+    "A100": DeviceFigures(memory_bytes=85.0e9, memory_bytes_s=2.04e12, flops=312e12, peer_bytes_s=300e9),
+    # One core of a server CPU with wide vectors; memory as a small virtual machine has it.
+    "CPU": DeviceFigures(memory_bytes=8e9, memory_bytes_s=12e9, flops=60e9, peer_bytes_s=4e9, gpu=False),
+}
+
+
+def known_device(name: str) -> str:
+    """The data sheet's key for a device name such as "NVIDIA H100 80GB HBM3". Raises ConfigError on unknown ones."""
+    for key in DEVICES:
+        if key in name.upper():
+            return key
+    raise ConfigError(f"no data sheet figures for device {name!r}, only for {', '.join(DEVICES)}: measure a profile")
