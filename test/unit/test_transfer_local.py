@@ -256,5 +256,45 @@ def test_backend_local_is_known_to_sglang():
         assert local.get_kv_class_around(get_kv_class, TransferBackend.MOONCAKE, kind) is theirs
     assert local.get_kv_class_around(get_kv_class, member, KVClassType.MANAGER) is local.LocalKVManager
     local.check_device("cpu")
-    with pytest.raises(ConfigError, match="not of cuda"):
-        local.check_device("cuda")
+    local.check_device("cuda")
+    with pytest.raises(ConfigError, match="not of xpu"):
+        local.check_device("xpu")
+
+
+class _Event:
+    """As SGLang's scheduler leaves one at the sender: over once it is told so."""
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def query(self) -> bool:
+        return self.over
+
+    def synchronize(self) -> None:
+        assert self.over, "would block the scheduler"
+
+
+def test_sender_holds_a_cached_prefix_until_the_step_that_writes_it_is_over(monkeypatch):
+    from sglang.srt.disaggregation.mooncake import conn as mooncake
+
+    from sglang_adrenaline.transfer import local
+
+    sent = []
+    monkeypatch.setattr(mooncake.MooncakeKVSender, "__init__", lambda self: None)
+    monkeypatch.setattr(mooncake.MooncakeKVSender, "send", lambda self, *chunk: sent.append(chunk[0]))
+    monkeypatch.setattr(mooncake.MooncakeKVSender, "poll", lambda self: "polled")
+    for polled in (True, False):
+        sent.clear()
+        sender, event = local.LocalKVSender(), _Event()
+        sender._early_send_wait_event = event
+        sender.send("prefix")
+        assert sender.poll() == "polled" and sent == []
+        event.over = True
+        if polled:
+            sender.poll()
+            assert sent == ["prefix"]
+        sender.send("rest")
+        assert sent == ["prefix", "rest"]
+        sender._early_send_wait_event = event
+        sender.send("ready at once")
+        assert sent == ["prefix", "rest", "ready at once"]

@@ -1,15 +1,16 @@
 """Transfer backend `local`: KV between a prefill and a decode server of one host, with nothing to install.
 
 SGLang's Mooncake classes bring sessions, queues, bootstrap and failure handling; the engine that moves bytes is
-replaced. Touches nothing of the Mooncake package, which need not be there. Device memory needs an engine of its own:
-add it to `_ENGINES`.
+replaced: `process_vm.py` for CPUs, `cuda_ipc.py` for GPUs. Touches nothing of the Mooncake package, which need not be
+there. Another device's memory needs an engine of its own: add it to `_ENGINES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from sglang.srt import server_args as server_args_module
 from sglang.srt.disaggregation import utils as disaggregation_utils
 from sglang.srt.disaggregation.mooncake import conn as mooncake
@@ -33,11 +34,32 @@ class TransferEngine(Protocol):
     def batch_transfer_sync(self, session_id: str, src: list[int], dst: list[int], lengths: list[int]) -> int: ...
 
 
+@runtime_checkable
+class SlotEngine(TransferEngine, Protocol):
+    """An engine that takes slots as arrays: for scattered slots SGLang's list of ranges alone costs 0.1 s and more."""
+
+    def transfer_slots(
+        self,
+        session_id: str,
+        src_ptrs: list[int],
+        dst_ptrs: list[int],
+        item_lens: list[int],
+        src_slots: np.ndarray,
+        dst_slots: np.ndarray,
+    ) -> int: ...
+
+
 def _process_vm_engine(receives: bool) -> TransferEngine:
     return ProcessVmEngine(receives=receives)
 
 
-_ENGINES: dict[str, Callable[[bool], TransferEngine]] = {"cpu": _process_vm_engine}
+def _cuda_ipc_engine(receives: bool) -> TransferEngine:
+    from sglang_adrenaline.transfer.cuda_ipc import CudaIpcEngine
+
+    return CudaIpcEngine(receives=receives)
+
+
+_ENGINES: dict[str, Callable[[bool], TransferEngine]] = {"cpu": _process_vm_engine, "cuda": _cuda_ipc_engine}
 """Engine by device type of the KV pool; the argument says whether this side receives."""
 
 
@@ -57,9 +79,72 @@ class LocalKVManager(mooncake.MooncakeKVManager):
         receives = self.disaggregation_mode == disaggregation_utils.DisaggregationMode.DECODE
         self.engine = _ENGINES[device](receives)
 
+    def send_kvcache(
+        self,
+        mooncake_session_id: str,
+        prefill_kv_indices: np.ndarray,
+        dst_kv_ptrs: list[int],
+        dst_kv_indices: np.ndarray,
+        executor: Any,
+        dst_layer_ids: list[int] | None = None,
+        dst_device_kv_indices: np.ndarray | None = None,
+    ) -> int:
+        """All layers of some slots, K and V. What is not plain MHA with one slot list goes SGLang's way."""
+        plain = not (self.is_mla_backend or self.is_hybrid_mla_backend) and dst_device_kv_indices is None
+        if not plain or not isinstance(self.engine, SlotEngine):
+            return super().send_kvcache(
+                mooncake_session_id,
+                prefill_kv_indices,
+                dst_kv_ptrs,
+                dst_kv_indices,
+                executor,
+                dst_layer_ids,
+                dst_device_kv_indices,
+            )
+        src_k, src_v, dst_k, dst_v, num_layers = self.get_mha_kv_ptrs_with_pp(self.kv_args.kv_data_ptrs, dst_kv_ptrs)
+        return self.engine.transfer_slots(
+            mooncake_session_id,
+            [*src_k[:num_layers], *src_v[:num_layers]],
+            [*dst_k[:num_layers], *dst_v[:num_layers]],
+            self.kv_args.kv_item_lens[: 2 * num_layers],
+            prefill_kv_indices,
+            dst_kv_indices,
+        )
+
 
 class LocalKVSender(mooncake.MooncakeKVSender):
-    pass
+    """SGLang sends a cached prefix before the step that continues it, while an earlier step may still be writing it.
+
+    It leaves the event of that step at the sender, which its Mooncake classes do not look at: we do, and hold back what
+    was given with an event that is not over.
+    """
+
+    _early_send_wait_event: Any = None
+    """Set by SGLang's scheduler before such a `send`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._held: list[tuple[Any, ...]] = []
+        super().__init__(*args, **kwargs)
+
+    def send(self, kv_indices: np.ndarray, state_indices: list | None = None, num_kv_tokens: int | None = None) -> None:
+        """Called by the scheduler thread, as `poll` is. A chunk without an event comes after its step was over."""
+        event, self._early_send_wait_event = self._early_send_wait_event, None
+        if event is not None and not event.query():
+            self._held.append((event, kv_indices, state_indices, num_kv_tokens))
+            return
+        self._send_held(wait=event is None)
+        super().send(kv_indices, state_indices, num_kv_tokens)
+
+    def poll(self) -> Any:
+        self._send_held(wait=False)
+        return super().poll()
+
+    def _send_held(self, *, wait: bool) -> None:
+        """Pass on what is held, in order, as far as it is ready. `wait`: all of it, since a later chunk follows."""
+        while self._held and (wait or self._held[0][0].query()):
+            event, *chunk = self._held.pop(0)
+            event.synchronize()  # at once: a step that ran after the event's is over
+            super().send(*chunk)
 
 
 class LocalKVReceiver(mooncake.MooncakeKVReceiver):

@@ -123,7 +123,7 @@ class ProcessVmEngine:
         """0 if the process of `session_id` lives, else -1."""
         try:
             pid, pidfd = self._target(session_id)
-            _check_alive(pid, pidfd)
+            check_alive(pid, pidfd)
         except (OSError, ValueError):
             return -1
         return 0
@@ -144,30 +144,31 @@ class ProcessVmEngine:
             known = self._pidfds.get(session_id)
         if known is not None:
             return session.pid, known
-        if session.machine != self._session.machine:
-            raise ValueError(
-                "the decode server runs on another host or in another container; "
-                "use --disaggregation-transfer-backend mooncake or nixl"
-            )
-        pidfd = self._open(session)
+        pidfd = open_process(session)
         with self._lock:
             kept = self._pidfds.setdefault(session_id, pidfd)
-            dead = [key for key, fd in self._pidfds.items() if fd != kept and _has_ended(fd)]
+            dead = [key for key, fd in self._pidfds.items() if fd != kept and has_ended(fd)]
             for key in dead:
                 os.close(self._pidfds.pop(key))
         if kept != pidfd:
             os.close(pidfd)
         return session.pid, kept
 
-    @staticmethod
-    def _open(session: Session) -> int:
-        pidfd = os.pidfd_open(session.pid)
-        # If the descriptor's process lives after the start time was read, the start time was its own.
-        same = _start_ticks(session.pid) == session.start_ticks
-        if not same or _has_ended(pidfd):
-            os.close(pidfd)
-            raise ProcessLookupError(errno.ESRCH, f"process {session.pid} has ended")
-        return pidfd
+
+def open_process(session: Session) -> int:
+    """A pidfd of the process that wrote the session, for the caller to close. Raises OSError, ValueError."""
+    if session.machine != _machine():
+        raise ValueError(
+            "the decode server runs on another host or in another container; "
+            "use --disaggregation-transfer-backend mooncake or nixl"
+        )
+    pidfd = os.pidfd_open(session.pid)
+    # If the descriptor's process lives after the start time was read, the start time was its own.
+    same = _start_ticks(session.pid) == session.start_ticks
+    if not same or has_ended(pidfd):
+        os.close(pidfd)
+        raise ProcessLookupError(errno.ESRCH, f"process {session.pid} has ended")
+    return pidfd
 
 
 def _write_all(pid: int, pidfd: int, local: np.ndarray, remote: np.ndarray) -> None:
@@ -179,7 +180,7 @@ def _write_all(pid: int, pidfd: int, local: np.ndarray, remote: np.ndarray) -> N
     first = 0
     while first < len(local):
         count = min(IOV_MAX, len(local) - first)
-        _check_alive(pid, pidfd)
+        check_alive(pid, pidfd)
         assert _writev is not None
         done = _writev(pid, local[first:].ctypes.data, count, remote[first:].ctypes.data, count, 0)
         if done < 0:
@@ -212,12 +213,14 @@ def _iovecs(addrs: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
     return np.ascontiguousarray(vectors[vectors[:, 1] > 0])
 
 
-def _check_alive(pid: int, pidfd: int) -> None:
-    if _has_ended(pidfd):
+def check_alive(pid: int, pidfd: int) -> None:
+    """Raises ProcessLookupError if the process has ended."""
+    if has_ended(pidfd):
         raise ProcessLookupError(errno.ESRCH, f"process {pid} has ended")
 
 
-def _has_ended(pidfd: int) -> bool:
+def has_ended(pidfd: int) -> bool:
+    """Whether the process is gone, be it a zombie."""
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     return bool(poller.poll(0))
