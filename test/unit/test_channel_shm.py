@@ -229,7 +229,7 @@ def test_memory_has_no_name_that_a_kill_could_leave_behind(spawn):
     run_layer(decode, decode.begin_step([1]), 0, [1])
     for pid in (os.getpid(), process.pid):
         with open(f"/proc/{pid}/maps") as maps:
-            shared = [line.split(maxsplit=5) for line in maps if "sglang-adrenaline" in line]
+            shared = [line.split(maxsplit=5) for line in maps if "/memfd:sglang-adrenaline" in line]
         assert [line[5].strip() for line in shared] == ["/memfd:sglang-adrenaline (deleted)"]
     os.kill(process.pid, signal.SIGKILL)
     process.join(10)
@@ -526,7 +526,7 @@ def test_size_cannot_be_changed_by_the_peer(pair):
 def mappings() -> int:
     gc.collect()
     with open("/proc/self/maps") as maps:
-        return sum("sglang-adrenaline" in line for line in maps)
+        return sum("/memfd:sglang-adrenaline" in line for line in maps)
 
 
 def test_close_releases_mappings_and_descriptors():
