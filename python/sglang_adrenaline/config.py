@@ -18,7 +18,9 @@ from sglang_adrenaline.errors import ConfigError
 CONFIG_ENV = "SGLANG_ADRENALINE_CONFIG"
 
 Role = Literal["prefill", "decode"]
-ChannelKind = Literal["auto", "shm"]
+ChannelKind = Literal["auto", "shm", "ipc"]
+
+_LANES = {"cpu": 128, "cuda": 256}
 
 
 class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,8 +34,10 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     max_pinned_fraction: float = 0.8
     """Prefill refuses to pin more than this share of its KV pool."""
     channel: ChannelKind = "auto"
-    lanes: int = 128
-    """Offloaded requests that one decode instance can have on one prefill instance at a time."""
+    lanes: int | None = None
+    """Offloaded requests that one decode instance can have on one prefill instance at a time; None: `lanes_for`."""
+    executor_sms: int | Literal["auto"] = "auto"
+    """SMs of the prefill GPU that only the executor uses; 0: it shares all of them, ahead of prefill. auto: 0."""
     key_file: str | None = None
     """File with the shared secret of the deployment; None disables offloading to other processes' servers."""
     control_port_offset: int = 1000
@@ -55,7 +59,15 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             "a number in (0, 1]",
         )
         _require(self.min_offload_tokens >= 1, "adrenaline-min-offload-tokens", self.min_offload_tokens, ">= 1")
-        _require(1 <= self.lanes <= 4096, "adrenaline-lanes", self.lanes, "a whole number in 1..4096")
+        _require(
+            self.lanes is None or 1 <= self.lanes <= 4096, "adrenaline-lanes", self.lanes, "a whole number in 1..4096"
+        )
+        _require(
+            self.executor_sms == "auto" or self.executor_sms >= 0,
+            "adrenaline-executor-sms",
+            self.executor_sms,
+            "a whole number >= 0, or auto",
+        )
         _require(self.wait_timeout > 0, "adrenaline-wait-timeout", self.wait_timeout, "a number of seconds > 0")
         _require(
             self.heartbeat_timeout > self.heartbeat_interval > 0,
@@ -63,6 +75,15 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             self.heartbeat_timeout,
             "more seconds than the heartbeat interval",
         )
+
+    def lanes_for(self, device_type: str) -> int:
+        """The number of lanes that a server on this type of device offers or asks for."""
+        return self.lanes if self.lanes is not None else _LANES.get(device_type, _LANES["cpu"])
+
+    @property
+    def partition_sms(self) -> int:
+        """SMs set apart for the executor; 0 = none."""
+        return 0 if self.executor_sms == "auto" else self.executor_sms
 
     def to_json(self) -> str:
         return msgspec.json.encode(self).decode()
@@ -117,17 +138,27 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--adrenaline-channel",
         dest="channel",
-        choices=("auto", "shm"),
+        choices=("auto", "shm", "ipc"),
         default="auto",
-        help="data plane between decode and the attention executor (default auto: shm on CPU machines)",
+        help="data plane between decode and the attention executor (default auto: ipc, which is CUDA IPC, on GPUs; "
+        "shm, shared memory, on CPUs)",
     )
     group.add_argument(
         "--adrenaline-lanes",
         dest="lanes",
         type=int,
-        default=128,
+        default=None,
         metavar="N",
-        help="most offloaded requests of one decode server on one prefill server (default 128)",
+        help="most offloaded requests of one decode server on one prefill server (default 256 on GPUs, 128 on CPUs)",
+    )
+    group.add_argument(
+        "--adrenaline-executor-sms",
+        dest="executor_sms",
+        type=_sms,
+        default="auto",
+        metavar="N",
+        help="SMs of the prefill GPU that only the attention executor uses, rounded up to what the GPU can set apart; "
+        "0: no split, the executor's kernels go ahead of prefill's on all SMs (default auto: 0 for now)",
     )
     group.add_argument(
         "--adrenaline-key-file",
@@ -158,6 +189,10 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="longest wait of a decode step for the executor before its offloaded requests fail (default 8)",
     )
+
+
+def _sms(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else int(text)
 
 
 def config_from_args(args: argparse.Namespace, role: Role) -> AdrenalineConfig:

@@ -34,6 +34,7 @@ def test_flags_given_reach_their_fields():
         ("min-offload-tokens", "0"),
         ("lanes", "0"),
         ("lanes", "5000"),
+        ("executor-sms", "-8"),
         ("wait-timeout", "0"),
     ],
 )
@@ -67,3 +68,21 @@ def test_from_env_absent_or_empty_is_none(monkeypatch):
 def test_from_json_invalid_is_refused(text):
     with pytest.raises(ConfigError):
         AdrenalineConfig.from_json(text)
+
+
+def test_lanes_default_goes_by_the_device_and_a_number_for_all():
+    assert parse().lanes_for("cpu") < parse().lanes_for("cuda")
+    assert [parse("--adrenaline-lanes", "7").lanes_for(device) for device in ("cpu", "cuda")] == [7, 7]
+
+
+@pytest.mark.parametrize(("text", "value", "sms"), [("auto", "auto", 0), ("0", 0, 0), ("32", 32, 32)])
+def test_executor_sms_auto_or_a_number_survive_the_environment(text, value, sms):
+    config = AdrenalineConfig.from_json(parse("--adrenaline-executor-sms", text).to_json())
+    assert (config.executor_sms, config.partition_sms) == (value, sms)
+
+
+def test_executor_sms_that_are_no_number_are_refused():
+    with pytest.raises(SystemExit):
+        parse("--adrenaline-executor-sms", "some")
+    with pytest.raises(ConfigError, match="executor_sms"):
+        AdrenalineConfig.from_json('{"role": "prefill", "executor_sms": "some"}')

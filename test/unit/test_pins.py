@@ -140,10 +140,10 @@ class Mix(RuleBasedStateMachine):
 
     @rule(peer=consumes(peers))
     def lose(self, peer):
+        promised = {p.room for p in self.table.held() if p.peer == peer and p.room not in self.pinned}
         self.table.peer_left(peer)
         self.alive.discard(peer)
-        held = {r.room for r in self.pinned.values() if r.peer == peer}
-        self.reserved -= {p.room for p in self.table._pins.values() if p.peer == peer and p.room not in held}
+        self.reserved -= promised
 
     @rule()
     def pump(self):
@@ -233,3 +233,15 @@ def test_refuse_of_a_pinned_room_changes_nothing():
     assert pins.pin(1, np.arange(11, 16), "another lock") is None
     assert pins.counts().pinned_tokens == 5
     assert pins.end("a", 1, 0) and [pin.handle for pin in pins.collect(lambda _: 0)] == ["lock"]
+
+
+def test_lanes_lowest_free_one_is_given():
+    pins = table()
+    pins.peer_joined("a", LANES)
+    for room in range(LANES):
+        assert pins.offer("a", room, 1, 1) is None
+    for room in (2, 0):
+        pins.end("a", room, 0)  # a reservation: its lane is free at once
+    for room in (10, 11):
+        assert pins.offer("a", room, 1, 1) is None
+    assert [pins.lookup(room).lane for room in (1, 3, 10, 11)] == [1, 3, 0, 2]

@@ -45,7 +45,7 @@ def _runtime() -> ctypes.CDLL:
     return library
 
 
-def _call(device: int, function: str, *args: object) -> None:
+def call_runtime(device: int, function: str, *args: object) -> None:
     """Call the runtime with `device` current. Raises ChannelError with the runtime's own words."""
     with torch.cuda.device(device):
         runtime = _runtime()
@@ -62,7 +62,7 @@ class DeviceBuffer:
         torch.zeros(1, device=device)  # the primary context, before the runtime is called behind PyTorch's back
         pointer = ctypes.c_void_p()
         size = -(-num_bytes // _GRANULE) * _GRANULE
-        _call(device, "cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(size))
+        call_runtime(device, "cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(size))
         assert pointer.value is not None
         self.device = device
         self.num_bytes = num_bytes
@@ -82,11 +82,11 @@ class DeviceBuffer:
 
     def export(self) -> bytes:
         handle = _Handle()
-        _call(self.device, "cudaIpcGetMemHandle", ctypes.byref(handle), ctypes.c_void_p(self.address))
+        call_runtime(self.device, "cudaIpcGetMemHandle", ctypes.byref(handle), ctypes.c_void_p(self.address))
         return bytes(handle)
 
     def free(self) -> None:
-        _call(self.device, "cudaFree", ctypes.c_void_p(self.address))
+        call_runtime(self.device, "cudaFree", ctypes.c_void_p(self.address))
 
 
 class PeerMemory:
@@ -97,7 +97,7 @@ class PeerMemory:
 
     def __init__(self, device: int, handle: bytes) -> None:
         pointer = ctypes.c_void_p()
-        _call(
+        call_runtime(
             device,
             "cudaIpcOpenMemHandle",
             ctypes.byref(pointer),
@@ -109,7 +109,7 @@ class PeerMemory:
         self.address: int = pointer.value
 
     def free(self) -> None:
-        _call(self.device, "cudaIpcCloseMemHandle", ctypes.c_void_p(self.address))
+        call_runtime(self.device, "cudaIpcCloseMemHandle", ctypes.c_void_p(self.address))
 
 
 class HostWords:
@@ -120,7 +120,7 @@ class HostWords:
 
     def __init__(self, device: int) -> None:
         pointer = ctypes.c_void_p()
-        _call(
+        call_runtime(
             device,
             "cudaHostAlloc",
             ctypes.byref(pointer),
@@ -134,7 +134,7 @@ class HostWords:
         self.control = HostControl.from_address(self._address)
         self.status = HostStatus.from_address(self._address + _STATUS_AT)
         mapped = ctypes.c_void_p()
-        _call(device, "cudaHostGetDevicePointer", ctypes.byref(mapped), pointer, ctypes.c_uint(0))
+        call_runtime(device, "cudaHostGetDevicePointer", ctypes.byref(mapped), pointer, ctypes.c_uint(0))
         assert mapped.value is not None
         self.control_address = mapped.value
         self.status_address = mapped.value + _STATUS_AT
@@ -143,7 +143,7 @@ class HostWords:
         """The words keep their last values for readers."""
         self.control = HostControl.from_buffer_copy(self.control)
         self.status = HostStatus.from_buffer_copy(self.status)
-        _call(self._device, "cudaFreeHost", ctypes.c_void_p(self._address))
+        call_runtime(self._device, "cudaFreeHost", ctypes.c_void_p(self._address))
 
 
 class _CudaBytes:

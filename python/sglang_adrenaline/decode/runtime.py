@@ -86,7 +86,7 @@ class DecodeRuntime:
             tp_rank=self._rank.tp_rank,
             tp_size=self._rank.tp_size,
             page_size=self._pool.page_size,
-            lanes_wanted=self.config.lanes,
+            lanes_wanted=self.config.lanes_for(compat.device(self._scheduler).type),
         )
 
     def _open_channel(self, spec: ChannelSpec, peer: str) -> DecodeEnd:

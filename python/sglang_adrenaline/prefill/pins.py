@@ -15,6 +15,7 @@ CANCELLED is the tombstone of an END that overtook the pin: prefill may still be
 from __future__ import annotations
 
 import enum
+import heapq
 import threading
 import time
 from collections.abc import Callable
@@ -66,6 +67,7 @@ class Pin:
 @dataclass
 class _Peer:
     free_lanes: list[int]
+    """A heap: the lowest lane goes first, since an executor's work goes by the highest one in use."""
     alive: bool = True
 
 
@@ -110,7 +112,7 @@ class PinTable:
     def peer_joined(self, peer: str, lanes: int) -> None:
         """A decode instance may use lanes 0..lanes-1 from now on."""
         with self._lock:
-            self._peers[peer] = _Peer(free_lanes=list(range(lanes - 1, -1, -1)))
+            self._peers[peer] = _Peer(free_lanes=list(range(lanes)))
 
     def offer(
         self, peer: str, room: int, remote_prefix_len: int, prompt_len: int, prompt_digest: str = ""
@@ -121,7 +123,7 @@ class PinTable:
             if reason is not None:
                 self.nacks[reason.value] = self.nacks.get(reason.value, 0) + 1
                 return reason
-            lane = self._peers[peer].free_lanes.pop()
+            lane = heapq.heappop(self._peers[peer].free_lanes)
             self._pins[room] = Pin(room, peer, remote_prefix_len, lane, prompt_digest)
             return None
 
@@ -239,7 +241,7 @@ class PinTable:
             self._free_lane(pin)
 
     def _free_lane(self, pin: Pin) -> None:
-        self._peers[pin.peer].free_lanes.append(pin.lane)
+        heapq.heappush(self._peers[pin.peer].free_lanes, pin.lane)
 
     def forget_peer(self, peer: str) -> bool:
         """Drop the lanes and tombstones of a peer that left, once nothing of it is held; whether that is so."""

@@ -11,21 +11,27 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_adrenaline import compat, messages
-from sglang_adrenaline.channel import shm
+from sglang_adrenaline.channel import opening
 from sglang_adrenaline.channel.base import ChannelShape
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.control import ControlServer
-from sglang_adrenaline.errors import ChannelError
+from sglang_adrenaline.errors import ChannelError, ConfigError
 from sglang_adrenaline.keys import load_key_file
 from sglang_adrenaline.model_shape import host_id, local_model_shape
 from sglang_adrenaline.prefill.executor import AttentionExecutor, LayerKV, ThreadExecutor
 from sglang_adrenaline.prefill.pins import NackReason, Pin, PinState, PinTable
+
+if TYPE_CHECKING:
+    import torch
+
+    from sglang_adrenaline.prefill.sm_partition import SmPartition
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +59,8 @@ class PrefillRuntime:
         self.unpinned_total = 0
         self.control: ControlServer | None = None
         self.pins: PinTable | None = None
+        self.partition: SmPartition | None = None
+        """Where executor and prefill do not share the GPU's SMs."""
         self._scheduler: Any = None
         self._sessions: dict[str, Session] = {}
         """By peer, the ones that are connected."""
@@ -66,10 +74,32 @@ class PrefillRuntime:
 
     # ---- start (scheduler thread) -----------------------------------------------------------------------------------
 
+    def split_gpu(self, device: int) -> torch.cuda.Stream | None:
+        """Before the model is loaded: the stream on prefill's SMs, None if it may use all. Raises ConfigError."""
+        if not self.config.partition_sms:
+            return None
+        assert self.partition is None
+        from sglang_adrenaline.prefill.sm_partition import SmPartition
+
+        self.partition = SmPartition(device, self.config.partition_sms)
+        logger.info(
+            "SMs: %d for the attention executor, %d for prefill",
+            self.partition.executor_sms,
+            self.partition.prefill_sms,
+        )
+        return self.partition.prefill_stream()
+
     def attach_scheduler(self, scheduler: Any) -> None:
-        """Raises ConfigError where the control port is taken or the key file is not usable."""
+        """Raises ConfigError where the control port is taken, or the key file or the channel is not usable."""
         self._scheduler = scheduler
         self._shape = local_model_shape(scheduler)
+        self._device = compat.device(scheduler)
+        self._kind = opening.resolve_kind(self.config.channel, self._device.type)
+        self._lanes = self.config.lanes_for(self._device.type)
+        if self.config.partition_sms and self._device.type != "cuda":
+            raise ConfigError("--adrenaline-executor-sms needs a GPU")
+        if self.partition is None and self._device.index is not None:
+            self.split_gpu(self._device.index)  # the executor's side alone: prefill goes on using all SMs
         self._rank = compat.rank(scheduler)
         self._pool = compat.pool_shape(scheduler)
         self._layers = [
@@ -86,6 +116,7 @@ class PrefillRuntime:
         if self.config.key_file is None:
             logger.warning("no --adrenaline-key-file: no decode server can offload to this one")
             return
+        self._warm_up()
         self.control = ControlServer(
             self.config.control_host,
             compat.bootstrap_port(scheduler) + self.config.control_port_offset + self._rank.tp_rank,
@@ -95,6 +126,19 @@ class PrefillRuntime:
             heartbeat_timeout=self.config.heartbeat_timeout,
         )
 
+    def _warm_up(self) -> None:
+        """Raises ConfigError on a model that the executor cannot serve."""
+        if self._kind != "ipc":
+            return
+        from sglang_adrenaline.prefill import gpu_executor
+
+        begun = time.monotonic()
+        try:
+            gpu_executor.warm_up(self._layers, lanes=self._lanes, num_qo_heads=self._shape.num_qo_heads)
+        except ChannelError as error:
+            raise ConfigError(f"attention cannot be offloaded to this server: {error}") from None
+        logger.info("kernels of the attention executor are loaded after %.1f s", time.monotonic() - begun)
+
     # ---- control thread ---------------------------------------------------------------------------------------------
 
     def on_hello(self, peer: str, hello: messages.Hello) -> messages.Welcome | messages.Refuse:
@@ -103,7 +147,7 @@ class PrefillRuntime:
             logger.warning("refused decode instance %s: %s", peer[:8], reason)
             return messages.Refuse(messages.clip(reason))
         assert self.pins is not None
-        lanes = min(hello.lanes_wanted, self.config.lanes)
+        lanes = min(hello.lanes_wanted, self._lanes)
         shape = ChannelShape(
             lanes=lanes,
             num_layers=self._shape.num_layers,
@@ -113,25 +157,38 @@ class PrefillRuntime:
             dtype=self._shape.dtype,
         )
         try:
-            end = shm.create_executor_end(shape, peer=f"decode {peer[:8]}")
+            end = opening.create_executor_end(
+                self._kind,
+                shape,
+                device=self._device.index,
+                wait_timeout=self.config.wait_timeout,
+                peer=f"decode {peer[:8]}",
+            )
         except (ChannelError, OSError) as error:
             return messages.Refuse(messages.clip(f"no channel: {error}"))
         with self._lock:
             self._num_sessions += 1
             key = f"{peer}#{self._num_sessions}"
-            executor = ThreadExecutor(end, self._layers, key[:8], partial(self._executor_failed, peer, key))
+            executor = self._make_executor(end, key[:8], partial(self._executor_failed, peer, key))
             session = Session(key, peer, executor, lanes)
             self._sessions[peer] = session
             self._executors[key] = session
-        self.pins.peer_joined(key, lanes)
+            self.pins.peer_joined(key, lanes)
         logger.info("decode instance %s may offload, %d lanes", peer[:8], lanes)
         return messages.Welcome(instance=self.instance, channel=end.spec)
+
+    def _make_executor(self, end: Any, name: str, on_failure: Callable[[str], None]) -> AttentionExecutor:
+        if self._kind == "shm":
+            return ThreadExecutor(end, self._layers, name, on_failure)
+        from sglang_adrenaline.prefill.gpu_executor import GpuExecutor
+
+        return GpuExecutor(end, self._layers, name, on_failure, partition=self.partition)
 
     def _refusal(self, hello: messages.Hello) -> str | None:
         if hello.sglang_version != version("sglang"):
             return f"SGLang {hello.sglang_version} on decode, {version('sglang')} on prefill"
         if hello.host_id != host_id():
-            return "channel shm needs decode and prefill on one host"
+            return opening.REACH[self._kind]
         if (hello.tp_rank, hello.tp_size) != (self._rank.tp_rank, self._rank.tp_size):
             return f"TP rank {hello.tp_rank}/{hello.tp_size}, not {self._rank.tp_rank}/{self._rank.tp_size}"
         if hello.page_size != self._pool.page_size:
@@ -177,7 +234,8 @@ class PrefillRuntime:
 
     def _executor_failed(self, peer: str, key: str, reason: str) -> None:
         """Executor thread. The decode instance is told to go; it comes back with a HELLO and gets a new executor."""
-        session = self._sessions.get(peer)
+        with self._lock:  # not before the session that failed is there
+            session = self._sessions.get(peer)
         if session is not None and session.key == key:
             self._dismiss(peer, reason)
 

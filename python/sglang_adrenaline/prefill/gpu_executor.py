@@ -1,0 +1,270 @@
+"""The attention executor on a GPU: a CUDA graph a decode step, launched as soon as decode's host announces the step.
+
+Runs in a thread of the prefill scheduler's process, on a stream of its own, and reads the KV pool in place. For each
+bucket of lanes one graph holds all layers of a step: wait for q, attend, put the answer. The thread plans only when
+lanes came or went since the last step; otherwise a step costs it one wait and one launch.
+
+Order that matters: a lane is attached before decode hears of it (READY), and the thread looks at the lanes after the
+announcement of a step, so no step is launched without a lane that it names. A lane may be detached while a launched
+step still reads its slots: nobody takes that answer, and the pool's memory outlives the executor.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_adrenaline import kernels
+from sglang_adrenaline.channel.cuda_graph import CudaGraph
+from sglang_adrenaline.channel.ipc_end import DTYPES
+from sglang_adrenaline.errors import ChannelError
+from sglang_adrenaline.prefill.executor import POLL_S, LayerKV
+from sglang_adrenaline.prefill.lane_attention import LaneAttention, check_pool
+
+if TYPE_CHECKING:
+    from sglang_adrenaline.channel.ipc import IpcExecutorEnd
+    from sglang_adrenaline.prefill.sm_partition import SmPartition
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 10.0
+"""Longest wait for what was launched, once its waits were aborted; prefill's kernels may be ahead of it."""
+
+
+class StepGraphs:
+    """Attention for the lanes of one channel, and per bucket a graph of a whole step. The executor's thread only."""
+
+    def __init__(
+        self, end: IpcExecutorEnd, layers: Sequence[LayerKV], stream: torch.cuda.Stream, capacity: int
+    ) -> None:
+        """`stream` need not be current. Waits until the device is ready to replay. Raises ChannelError."""
+        shape, dtype = end.shape, DTYPES[end.shape.dtype]
+        q = end.q
+        assert q is not None
+        with torch.cuda.stream(torch.cuda.default_stream(q.device)):  # whose cached memory others can use after us
+            self.attention = LaneAttention(
+                layers, lanes=shape.lanes, num_qo_heads=shape.num_qo_heads, dtype=dtype, capacity=capacity
+            )
+            rows = (shape.lanes, shape.num_qo_heads)
+            self._o = torch.zeros(*rows, shape.v_head_dim, dtype=dtype, device=q.device)
+            self._lse = torch.zeros(rows, dtype=torch.float32, device=q.device)
+            torch.cuda.current_stream().synchronize()
+        self._graphs: dict[int, CudaGraph] = {}
+        with torch.cuda.stream(stream):
+            for bucket in self.attention.buckets:
+                self.attention.run(bucket, 0, q[0, :bucket], self._o[:bucket], self._lse[:bucket])
+                graph = CudaGraph(stream)
+                with graph.capture():
+                    self._step(end.endpoint.words, q, bucket)
+                self._graphs[bucket] = graph
+            stream.synchronize()
+
+    def _step(self, words: torch.Tensor, q: torch.Tensor, bucket: int) -> None:
+        o, lse = self._o[:bucket], self._lse[:bucket]
+        for layer in range(len(self.attention.layers)):
+            if layer == 0:
+                kernels.wait_step(words)
+            else:
+                kernels.wait_layer(words, layer)
+            self.attention.run(bucket, layer, q[layer & 1, :bucket], o, lse)
+            kernels.put_answers(words, o, lse, layer)
+
+    def launch(self, bucket: int) -> None:
+        self._graphs[bucket].launch()
+
+    def free(self) -> None:
+        """The graphs, which do not run any more; memory goes with the last reference."""
+        for graph in self._graphs.values():
+            graph.free()
+
+
+class GpuExecutor:
+    """See the module and `executor.AttentionExecutor`. attach/detach/stop come from other threads."""
+
+    def __init__(
+        self,
+        end: IpcExecutorEnd,
+        layers: Sequence[LayerKV],
+        name: str,
+        on_failure: Callable[[str], None],
+        *,
+        partition: SmPartition | None = None,
+    ) -> None:
+        """`partition`: SMs to stay on; without one the executor's kernels go ahead of prefill's on all of them.
+
+        Raises ChannelError on a KV pool that it cannot read.
+        """
+        check_pool(layers, end.shape.num_qo_heads, DTYPES[end.shape.dtype])
+        self._end = end
+        self._layers = layers
+        self._device: int = end.device
+        self._on_failure = on_failure
+        self._partition = partition
+        self._lock = threading.Lock()
+        self._slots: dict[int, torch.Tensor] = {}
+        """By lane, int32 on the device. Under the lock, as is the next one."""
+        self._arriving: list[torch.cuda.Event] = []
+        """After these the slots that came since the last plan are there."""
+        self._changed = True
+        self._plans = 0
+        self._stopping = False
+        self._drained = True
+        self._stream: torch.cuda.Stream | None = None
+        self._graphs: StepGraphs | None = None
+        self._thread = threading.Thread(target=self._run, name=f"attention-executor-{name}", daemon=True)
+        self._thread.start()
+
+    # ---- other threads ----------------------------------------------------------------------------------------------
+
+    def attach(self, lane: int, slots: torch.Tensor) -> None:
+        """As in `AttentionExecutor`; `slots` on the GPU is ready on the current stream, and may change afterwards."""
+        with torch.cuda.device(self._device):
+            on_device = slots.to(device=torch.device("cuda", self._device), dtype=torch.int32, copy=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        with self._lock:
+            self._slots[lane] = on_device
+            self._arriving.append(ready)
+            self._changed = True
+
+    def detach(self, lane: int) -> None:
+        """Forget the lane. A step that is under way may still read its slots, to an answer that is not used."""
+        with self._lock:
+            self._slots.pop(lane, None)
+            self._changed = True
+
+    @property
+    def steps_done(self) -> int:
+        return self._end.steps_done
+
+    @property
+    def plans(self) -> int:
+        return self._plans
+
+    def stop(self, reason: str) -> None:
+        self._stopping = True
+        self._end.abort(reason)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=2 * DRAIN_S)
+            if self._thread.is_alive():
+                logger.error("%s did not stop within %g s", self._thread.name, 2 * DRAIN_S)
+                return
+        if self._drained:
+            self._end.close()
+
+    # ---- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        failure = ""
+        try:
+            with torch.cuda.device(self._device), torch.no_grad():
+                self._serve()
+        except ChannelError as error:
+            failure = str(error)
+            if not self._stopping:
+                logger.info("attention executor ends: %s", error)
+        except Exception as error:
+            failure = f"attention executor failed: {error}"
+            logger.exception("attention executor failed")
+        if failure:
+            self._end.abort(failure)
+        self._drained = self._drain()
+        if self._drained:
+            self._let_go()
+        if failure and not self._stopping:
+            self._on_failure(failure)
+
+    def _let_go(self) -> None:
+        if self._graphs is not None:
+            self._graphs.free()
+        if self._partition is not None and self._stream is not None:
+            self._partition.give_back(self._stream)
+
+    def _serve(self) -> None:
+        layer = self._layers[0]
+        if self._partition is None:
+            self._stream = torch.cuda.Stream(self._device, priority=-1)
+        else:
+            self._stream = self._partition.take_executor_stream()
+        begun = time.monotonic()
+        self._graphs = StepGraphs(self._end, self._layers, self._stream, layer.k.shape[0] + self._end.shape.lanes)
+        logger.info("attention executor is ready after %.1f s", time.monotonic() - begun)
+        with torch.cuda.stream(self._stream):
+            while not self._end.connect(POLL_S):
+                if self._stopping:
+                    return
+            bucket = self._plan()
+            step = 0
+            while not self._stopping:
+                if self._end.step_announced(step + 1, POLL_S) is None:
+                    continue
+                step += 1
+                if self._changed:
+                    bucket = self._plan()
+                self._end.launching()
+                self._graphs.launch(bucket)
+
+    def _plan(self) -> int:
+        """For the lanes as they are now; returns the bucket."""
+        assert self._graphs is not None and self._stream is not None
+        with self._lock:
+            self._changed = False
+            slots, arriving = dict(self._slots), self._arriving
+            self._arriving = []
+        for ready in arriving:
+            self._stream.wait_event(ready)
+        total = sum(tensor.numel() for tensor in slots.values()) + self._end.shape.lanes
+        if total > self._graphs.attention.capacity:  # prefixes that share slots may outgrow the pool
+            self._grow(2 * total)
+        self._plans += 1
+        return self._graphs.attention.plan(slots)
+
+    def _grow(self, capacity: int) -> None:
+        assert self._graphs is not None and self._stream is not None
+        if not self._drain():
+            raise ChannelError(f"the executor's GPU did not finish its steps within {DRAIN_S:g} s")
+        self._graphs.free()
+        self._graphs = StepGraphs(self._end, self._layers, self._stream, capacity)
+
+    def _drain(self) -> bool:
+        """Whether all that was launched is over; within DRAIN_S."""
+        deadline = time.monotonic() + DRAIN_S
+        try:
+            while self._stream is not None and not self._stream.query():
+                if time.monotonic() > deadline:
+                    logger.error("%s: its GPU is not done after %g s", self._thread.name, DRAIN_S)
+                    return False
+                time.sleep(0.001)
+        except RuntimeError as error:  # a CUDA error that stays with the process
+            logger.error("%s: %s", self._thread.name, error)
+            return False
+        return True
+
+
+def warm_up(layers: Sequence[LayerKV], *, lanes: int, num_qo_heads: int) -> None:
+    """Compile and load all kernels of an executor, so that none has to be waited for while decode steps run.
+
+    Scheduler thread, before decode servers can connect; the first time on a machine this takes minutes. CUDA may also
+    wait for an idle device when it loads a kernel, which a device on which a step waits for its peer is not. Raises
+    ChannelError on a pool that the executor cannot read.
+    """
+    from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoint
+
+    k = layers[0].k
+    with torch.cuda.device(k.device), torch.no_grad():
+        IpcEndpoint(k.device.index)
+        attention = LaneAttention(
+            layers[:1], lanes=lanes, num_qo_heads=num_qo_heads, dtype=k.dtype, capacity=lanes + k.shape[0]
+        )
+        q = torch.zeros(lanes, num_qo_heads, k.shape[2], dtype=k.dtype, device=k.device)
+        o, lse = torch.empty_like(q), torch.empty(lanes, num_qo_heads, dtype=torch.float32, device=k.device)
+        one = torch.zeros(1, dtype=torch.int32, device=k.device)
+        for bucket in attention.buckets:
+            attention.plan({bucket - 1: one})
+            attention.run(bucket, 0, q[:bucket], o[:bucket], lse[:bucket])
+        torch.cuda.current_stream().synchronize()
