@@ -141,3 +141,26 @@ def test_copy_kernel_interpreted_on_cpu_memory_copies_exactly_the_pieces():
     script = pathlib.Path(__file__).with_name("copy_kernel_on_cpu.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, str(script)], env=environment, check=True, timeout=280)
+
+
+def test_copy_kernel_compiled_for_a_gpu_moves_16_bytes_a_thread():
+    """Triton falls back to narrow accesses without a word if it loses track of the alignment."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sglang_adrenaline.transfer import copy_kernel
+
+    arguments = copy_kernel.launch_arguments(wide=True)
+    source = ASTSource(
+        fn=copy_kernel.copy_pieces_kernel,
+        signature={
+            **{"bases": "*i64", "pieces": "*i64", "num_bases": "i32", "num_pieces": "i32"},
+            **{"wide": "constexpr", "block": "constexpr"},
+        },
+        constexprs={(4,): arguments["wide"], (5,): arguments["block"]},
+        attrs={(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": arguments["num_warps"]})
+    assert "ld.global.v2.b64" in compiled.asm["ptx"] and "st.global.v2.b64" in compiled.asm["ptx"]
+    assert compiled.asm["cubin"]
