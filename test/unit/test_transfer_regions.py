@@ -155,8 +155,12 @@ def test_copy_kernel_compiled_for_a_gpu_moves_16_bytes_a_thread():
     source = ASTSource(
         fn=copy_kernel.copy_pieces_kernel,
         signature={
-            **{"bases": "*i64", "pieces": "*i64", "num_bases": "i32", "num_pieces": "i32"},
-            **{"wide": "constexpr", "block": "constexpr"},
+            "bases": "*i64",
+            "pieces": "*i64",
+            "num_bases": "i32",
+            "num_pieces": "i32",
+            "wide": "constexpr",
+            "block": "constexpr",
         },
         constexprs={(4,): arguments["wide"], (5,): arguments["block"]},
         attrs={(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]},
