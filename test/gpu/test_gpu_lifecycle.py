@@ -1,0 +1,163 @@
+"""What is taken on a GPU is given back, and death in the middle of a graph hangs nobody. Runs last of this folder.
+
+Each model variant's group loses another server, so that only the last test has to start them again, which takes long
+(`-k "not returns"` leaves it out).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import aiohttp
+import pytest
+import requests
+from cases import prompt
+from compare import with_split
+from servers import Group, wait_until
+from test_lifecycle import wait_for_nothing_left
+
+NUM_REQUESTS = 150
+DEATH_BOUND_S = 10.0
+
+
+@dataclass
+class Client:
+    """One request in a thread of its own; `ended` is the time of `time.monotonic` when its answer was complete."""
+
+    url: str
+    split: int
+    tokens: int
+    seed: int
+    status: int = 0
+    text: str = ""
+    ended: float = 0.0
+    thread: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self._ask, daemon=True)
+        self.thread.start()
+
+    def _ask(self) -> None:
+        sampling = {"temperature": 0, "max_new_tokens": self.tokens, "ignore_eos": True}
+        body = with_split({"input_ids": prompt(self.seed, 300), "sampling_params": sampling}, self.split)
+        try:
+            reply = requests.post(f"{self.url}/generate", json=body, timeout=100)
+            self.status, self.text = reply.status_code, reply.text
+        except requests.RequestException as error:
+            self.status, self.text = -1, repr(error)
+        self.ended = time.monotonic()
+
+
+async def _mixed_load(url: str, seed: int) -> list[int]:
+    """Statuses; 0 for a client that left before its answer was complete."""
+    rng = random.Random(seed)
+    gate = asyncio.Semaphore(32)
+
+    async def one(session: aiohttp.ClientSession, number: int) -> int:
+        length = rng.choice([1, 5, 40, 200, 700, 2500])
+        wish = rng.choice([None, None, 0, -1, rng.randint(0, length)])
+        sampling = {"temperature": 0.8, "max_new_tokens": rng.choice([1, 2, 20, 60]), "ignore_eos": True}
+        body = with_split({"input_ids": prompt(number % 40, length), "sampling_params": sampling}, wish)
+        stay_s = rng.choice([None, None, 0.0, 0.01, 0.03, 0.1, 0.3, 1.0])  # in queue, in prefill, while decoding
+
+        async def read() -> int:
+            async with session.post(f"{url}/generate", json={**body, "stream": rng.random() < 0.5}) as reply:
+                await reply.read()
+                return reply.status
+
+        async with gate:
+            try:
+                return await asyncio.wait_for(read(), stay_s)
+            except TimeoutError:
+                return 0
+
+    timeout = aiohttp.ClientTimeout(total=60)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        return list(await asyncio.gather(*(one(session, number) for number in range(NUM_REQUESTS))))
+
+
+def test_mixed_requests_with_aborts_leave_nothing_behind(fleet):
+    before = fleet.ours.status("decode")["totals"]
+    statuses = asyncio.run(_mixed_load(fleet.ours.url, seed=1))
+    assert set(statuses) <= {0, 200}, statuses
+    assert statuses.count(200) > NUM_REQUESTS / 4 and statuses.count(0) > NUM_REQUESTS / 20
+    after = fleet.ours.status("decode")["totals"]
+    assert after["failed"] == before["failed"] and after["offloaded"] > before["offloaded"]
+    wait_for_nothing_left(fleet.ours, timeout_s=30)
+    prefill = fleet.ours.status("prefill")
+    assert prefill["totals"]["offloaded"] == prefill["totals"]["unpinned"]
+
+
+@pytest.mark.parametrize("variant", ["gqa"])
+def test_kill_prefill_offloaded_requests_end_and_local_ones_finish(fleets, variant):
+    group = fleets[variant].ours
+    remote = [Client(group.url, split=-1, tokens=3500, seed=seed) for seed in (1, 2, 3, 4)]
+    local = [Client(group.url, split=0, tokens=1500, seed=seed) for seed in (5, 6)]
+    until(lambda: _running(group) >= 6, 30, "all requests run", remote + local)
+    group.kill("prefill")
+    died = time.monotonic()
+    for client in remote:
+        client.thread.join(max(0.1, died + DEATH_BOUND_S + 5 - time.monotonic()))
+        assert client.ended and client.ended - died < DEATH_BOUND_S, client
+        assert client.status >= 500 and "held the prompt's KV and was lost" in client.text, client.text
+    for client in local:
+        client.thread.join(60)
+        assert client.status == 200, client.text
+    assert group.servers["decode"].alive()
+    status = group.status("decode")
+    assert status["totals"]["failed"] >= 4 and not status["peers"][0]["connected"]
+    wait_until(lambda: group.status("decode")["lanes_in_use"] == 0, 10, "decode gave its lanes back")
+
+
+@pytest.mark.parametrize("variant", ["mha"])
+def test_kill_decode_prefill_unpins_in_time(fleets, variant):
+    group = fleets[variant].ours
+    clients = [Client(group.url, split=-1, tokens=3500, seed=seed) for seed in (7, 8, 9)]
+    until(lambda: group.status("prefill")["running"]["offloaded"] == 3, 30, "all are pinned", clients)
+    group.kill("decode")
+    died = time.monotonic()
+    wait_until(lambda: group.status("prefill")["pinned_tokens"] == 0, DEATH_BOUND_S, "prefill unpinned")
+    assert time.monotonic() - died < DEATH_BOUND_S
+    assert group.status("prefill")["lanes_in_use"] == 0
+    for client in clients:
+        client.thread.join(30)
+        assert client.ended and client.status not in (0, 200), client
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("variant", "server"), [("gqa", "prefill"), ("mha", "decode")])
+def test_lost_server_returns_and_is_used_again(fleets, variant, server):
+    """The servers that the two tests before this one killed."""
+    group = fleets[variant].ours
+    group.kill(server)
+    group.restart(server, timeout_s=200)
+    wait_until(lambda: _offloading_works(group), 60, "an offloaded request is served again")
+    wait_for_nothing_left(group)
+
+
+def until(condition: Callable[[], bool], timeout_s: float, what: str, clients: list[Client]) -> None:
+    """Like `wait_until`, but fails at once, with its answer, when one of `clients` has ended already."""
+
+    def met() -> bool:
+        ended = [client for client in clients if client.ended]
+        assert not ended, f"ended too early: {ended[0].status} {ended[0].text[:300]}"
+        return condition()
+
+    wait_until(met, timeout_s, what)
+
+
+def _offloading_works(group: Group) -> bool:
+    before = group.status("decode")["totals"]["offloaded"]
+    client = Client(group.url, split=-1, tokens=3, seed=10)
+    client.thread.join(30)
+    time.sleep(0.5)  # the end of a request is counted a moment after its answer
+    return client.status == 200 and group.status("decode")["totals"]["offloaded"] == before + 1
+
+
+def _running(group: Group) -> int:
+    return sum(group.status("decode")["running"].values())
