@@ -35,6 +35,7 @@ from systems import Deployment, System, deploy
 from workload import Workload, WorkloadError
 
 WARM_UP_TIMEOUT_S = 150.0
+GIVE_BACK_S = 10.0
 SETTLE_S = 1.0
 """After a workload: the last requests' ends are counted, aborted ones leave."""
 
@@ -50,6 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--num-gpus", type=int, help="of the machine (default: counted)")
     parser.add_argument("--mem-fraction-static", default="0.85")
     parser.add_argument("--server-args", type=shlex.split, default=[], help="more for every server, in one string")
+    parser.add_argument("--adrenaline-args", type=shlex.split, default=[], help="more for our servers only")
     parser.add_argument("--slo-ttft-ms", type=float, default=2000.0)
     parser.add_argument("--slo-tpot-ms", type=float, default=25.0)
     parser.add_argument("--out", type=Path, required=True, help="folder for results and the servers' logs")
@@ -91,8 +93,10 @@ class Comparison:
         """Never raises ServerError: what went wrong is in the report."""
         flags = ["--skip-tokenizer-init", "--mem-fraction-static", self.args.mem_fraction_static]
         flags += [] if self.args.real_weights else ["--load-format", "dummy"]
+        flags += self.args.server_args
+        flags += self.args.adrenaline_args if system.ratio is not None else []
         logs = self.args.out / "logs" / system.text.replace(":", "-")
-        deployment = deploy(system, self.args.model_path, logs, gpus, [*flags, *self.args.server_args])
+        deployment = deploy(system, self.args.model_path, logs, gpus, flags)
         began = time.monotonic()
         try:
             deployment.start(min(self.args.start_timeout, max(1.0, self.left())))
@@ -139,13 +143,14 @@ class Comparison:
             return
         before = _status(deployment)
         with Monitor(deployment.watched) as monitor:
-            limit = min(self.args.workload_timeout, self.left())
+            limit = min(max(self.args.workload_timeout, workload.seconds), self.left())
             records = self._drive(system, deployment, workload, limit, seed=self.args.seed + round_)
         time.sleep(SETTLE_S)
         run.summary = summarize(records, workload, self.report.slo)
         run.servers = {name: asdict(use) for name, use in monitor.servers.items()}
         run.gpus = {index: asdict(use) for index, use in monitor.gpus.items()}
         self._add_offloading(run, before, _status(deployment))
+        run.left_over = _left_over(deployment)
         say(f"{system.text}, {workload.title}, round {round_ + 1}: {run.summary.output_tok_s:.0f} tok/s")
         self.save()
         if all(record.error for record in records):
@@ -174,6 +179,24 @@ def _status(deployment: Deployment) -> dict:
         return deployment.decode.status("decode")
     except OSError:
         return {}
+
+
+def _left_over(deployment: Deployment) -> list[str]:
+    """What our servers still hold for offloaded requests, once they had time to give it back."""
+    if deployment.decode is None:
+        return []
+    deadline = time.monotonic() + GIVE_BACK_S
+    while True:
+        try:
+            status = {name: deployment.decode.status(name) for name in ("prefill", "decode")}
+        except OSError as error:
+            return [f"status: {error}"]
+        held = [f"{name}: {s['lanes_in_use']} lanes" for name, s in status.items() if s["lanes_in_use"]]
+        pinned = status["prefill"]["pinned_tokens"]
+        held += [f"prefill: {pinned} tokens pinned"] if pinned else []
+        if not held or time.monotonic() > deadline:
+            return held
+        time.sleep(0.3)
 
 
 def _about(args: argparse.Namespace) -> dict:

@@ -20,6 +20,7 @@ HEADER = (
     "p99",
     "TPOT ms",
     "p99",
+    "drift",
     "good req/s",
     "within",
     "done/fail",
@@ -45,6 +46,8 @@ class Run:
     offloaded: int | None = None
     requests: int | None = None
     exposed_wait_us_per_layer: float | None = None
+    left_over: list[str] = field(default_factory=list)
+    """What was still held for offloaded requests after all had ended."""
 
 
 @dataclass
@@ -76,6 +79,7 @@ class Report:
             lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
             lines += [f"  {run.system}: {run.error}" for run in chosen if run.error]
             lines += [f"  {r.system}: {r.summary.first_error}" for r in chosen if r.summary and r.summary.first_error]
+            lines += [f"  {run.system}: LEFT OVER {', '.join(run.left_over)}" for run in runs if run.left_over]
             parts.append("\n".join([f"== {workload}", *lines]))
         return "\n\n".join(parts)
 
@@ -129,6 +133,7 @@ def _row(run: Run, base: float) -> tuple[str, ...]:
         _text(1e3 * s.ttft_p99_s, 0),
         _text(1e3 * s.tpot_mean_s, 2),
         _text(1e3 * s.tpot_p99_s, 2),
+        _text(s.tpot_drift, 2),
         _text(s.goodput_req_s, 2),
         _text(100 * s.within_slo, 0) + " %",
         f"{s.finished}/{s.failed}",

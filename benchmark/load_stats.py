@@ -1,11 +1,12 @@
 """From the client's records to figures. Pure functions.
 
-*TPOT* of a request: (last - first event) / (tokens after the first event). Stock PD's first event holds two tokens,
-which is why tokens are counted and not assumed. *Output tok/s* counts the tokens that arrived within the window over its
-length. The window: for `saturated`, from a quarter of the time to the end; for `burst` and `rate`, from the first to the
-last moment at which at least `PLATEAU` of the largest number of requests were being answered (first token in, last
-one not yet); for `single`, everything. *Goodput*: requests within both limits a second, over the whole run; for `rate`
-over the time in which requests came, since the drain at the end is not load.
+*TPOT* of a request: (last - first event) / (tokens after the first event). Stock PD's first event holds two tokens, so
+tokens are counted and not assumed. *Output tok/s* counts the tokens that arrived within the window over its length.
+The window: for `saturated`, from a quarter of the time to the end; for `burst` and `rate`, from the first to the last
+moment at which at least `PLATEAU` of the largest number of requests were being answered (first token in, last one not
+yet); for `single`, everything. *Goodput*: requests within both limits a second, over the whole run; for `rate` over the
+time in which requests came, since the drain at the end is not load. *Drift*: mean TPOT of requests that ended in the
+last third of the window over that of the first third.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Summary:
     ttft_p99_s: float
     tpot_mean_s: float
     tpot_p99_s: float
+    tpot_drift: float
     goodput_req_s: float
     within_slo: float
     """Share of the requests that were answered or failed."""
@@ -81,6 +83,7 @@ def summarize(records: Sequence[Record], workload: Workload, slo: Slo) -> Summar
         ttft_p99_s=percentile(ttfts, 0.99),
         tpot_mean_s=_mean(tpots),
         tpot_p99_s=percentile(tpots, 0.99),
+        tpot_drift=_drift(done, window),
         goodput_req_s=_ratio(len(good), elapsed),
         within_slo=_ratio(len(good), len(done) + len(failed)),
         most_answering=max((count for _, count in answering(records)), default=0),
@@ -123,6 +126,15 @@ def tokens_within(records: Sequence[Record], begin: float, end: float) -> int:
                 total += tokens - before
             before = tokens
     return total
+
+
+def _drift(done: Sequence[Record], window: tuple[float, float]) -> float:
+    third = (window[1] - window[0]) / 3
+    parts: list[list[float]] = [[], [], []]
+    for record in done:
+        if window[0] <= record.events[-1][0] <= window[1] and third > 0 and not math.isnan(tpot(record)):
+            parts[min(2, int((record.events[-1][0] - window[0]) / third))].append(tpot(record))
+    return _ratio(_mean(parts[2]), _mean(parts[0]))
 
 
 def percentile(values: Sequence[float], share: float) -> float:

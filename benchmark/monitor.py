@@ -7,6 +7,7 @@ NVML where its Python binding is there. What cannot be read is left out.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Monitor:
         nvml = _nvml()
         while not self._stop.wait(INTERVAL_S):
             for name, url in self._urls.items():
-                with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+                with contextlib.suppress(OSError, http.client.HTTPException, ValueError, KeyError, IndexError):
                     self.servers[name].add(get_json(f"{url}/v1/loads?include=core", TIMEOUT_S)["loads"][0])
             if nvml is not None:
                 with contextlib.suppress(Exception):  # NVML has errors of its own; figures are not worth a run

@@ -6,6 +6,7 @@ NVIDIA GPU. Failing tests show the ends of our servers' logs.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from gpu_servers import Gpus
 
 HERE = Path(__file__).parent
 TEST_TIMEOUT_S = 120
+TP_ENV = "ADRENALINE_TEST_TP"
+"""GPUs a server, 1 by default."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,7 +53,7 @@ def fleets(tmp_path_factory, request) -> Iterator[dict[str, Fleet]]:
     """By name of the model variant; only of those that the selected tests need (`-k gqa`)."""
     params = [getattr(item, "callspec", None) and item.callspec.params for item in request.session.items]
     needed = {p.get("fleet", p.get("variant")) for p in params if p}
-    gpus = Gpus.of(torch.cuda.device_count())
+    gpus = Gpus.of(torch.cuda.device_count(), int(os.environ.get(TP_ENV, "1")))
     made = {}
     for variant in (variant for variant in VARIANTS if variant.name in needed):
         folder = tmp_path_factory.mktemp(f"gpu-{variant.name}")

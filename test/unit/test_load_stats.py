@@ -76,6 +76,14 @@ def test_goodput_counts_requests_within_both_limits():
     assert (summary.finished, summary.failed, summary.first_error) == (3, 1, "503: full")
 
 
+def test_drift_compares_the_ends_of_the_window():
+    workload = Workload("saturated", 8, 11, concurrency=1, seconds=12.0)
+    steady = [record(i, i + 0.1, 0.05, 11) for i in range(12)]
+    slower = [record(i, i + 0.1, 0.05 if i < 6 else 0.1, 11) for i in range(11)]
+    assert summarize(steady, workload, Slo()).tpot_drift == pytest.approx(1.0)
+    assert summarize(slower, workload, Slo()).tpot_drift == pytest.approx(2.0)
+
+
 def test_nothing_answered_gives_no_figures():
     summary = summarize([Record(0.0, error="refused")], BURST, Slo())
     assert math.isnan(summary.output_tok_s) and math.isnan(summary.ttft_mean_s) and summary.failed == 1

@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# What needs a GPU host, step by step; run from the repository's root there.
+#
+#   scripts/gpu/run.sh STEP...
+#
+# Every step has a time-out and a log of its own, prints the end of it, and does not stop the others; the exit status is
+# that of the worst. Logs go to $OUT/logs.tar.gz after each step, results (JSON, PNG, table) to $OUT. Steps:
+#   kernels channel transfer executor   test/kernel, by part
+#   profile                             attention bandwidth over SM shares
+#   gqa mha exactness returns           test/gpu: one model variant, both, and the restart of killed servers
+#   smoke                               a short comparison: does everything work
+#   compare7b compare8b rates7b idle7b  the comparisons of docs/gpu-results.md
+#   ratios7b                            one start of ours, several offload ratios set by the client
+#   soak                                10 minutes of load (a call of its own)
+# Environment: SYSTEMS, RATIO, SERVER_ARGS, ADRENALINE_ARGS, CONCURRENCY, SECONDS_EACH, LIMIT (seconds for a step).
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+OUT=${OUT:-/tmp/gpu-out}
+work=$(mktemp -d /tmp/gpu-run.XXXXXX)
+mkdir -p "$OUT"
+source scripts/gpu/setup.sh || exit 1
+nvidia-smi --query-gpu=index,name,memory.total,memory.used --format=csv,noheader
+nvidia-smi topo -m 2>/dev/null | head -5
+
+worst=0
+step() { # name seconds command...
+  local name=$1 limit=${LIMIT:-$2} begin=$SECONDS status
+  shift 2
+  timeout -k 10 "$limit" "$@" >"$work/$name.log" 2>&1
+  status=$?
+  echo "== $name: exit $status after $((SECONDS - begin)) s"
+  tail -n "${lines:-25}" "$work/$name.log" | cut -c 1-400
+  ((status > worst)) && worst=$status
+  find "$work" -name '*.log' -size +8M -exec truncate -s 8M {} +
+  tar czf "$OUT/logs.tar.gz" --exclude='*.safetensors' --exclude='tokenizer*' --exclude=key -C "$work" . 2>/dev/null
+  for kind in json png txt; do
+    for file in "$work"/*/compare.$kind; do
+      [[ -f $file ]] && cp "$file" "$OUT/$(basename "$(dirname "$file")").$kind"
+    done
+  done
+}
+
+tests=(python3 -m pytest -q --tb=short -p no:cacheprovider --timeout 120 -rA)
+kernel_tests=(python3 -m pytest -q --tb=short -p no:cacheprovider --timeout 90 -s)
+seven=benchmark/models/llama2-7b
+eight=benchmark/models/llama3.1-8b
+pd=pd:local
+python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("nixl") is None)' && pd=pd:nixl
+ratio=${RATIO:-0.7}
+read -r -a systems <<<"${SYSTEMS:-$pd dp2 adrenaline:$ratio}"
+
+gpu_tests() { # name seconds selection
+  lines=60 step "$1" "$2" "${tests[@]}" --maxfail 4 --durations 5 --basetemp "$work/$1-tmp" test/gpu -k "$3"
+}
+compare() { # name seconds model workload...
+  local name=$1 limit=$2 model=$3 workloads=()
+  shift 3
+  for workload in "$@"; do workloads+=(--workload "$workload"); done
+  lines=60 step "$name" "$limit" python3 benchmark/compare.py --model-path "$model" --out "$work/$name" \
+    --systems "${systems[@]}" --budget $((${LIMIT:-$limit} - 20)) "--server-args=${SERVER_ARGS:-}" \
+    "--adrenaline-args=${ADRENALINE_ARGS:-}" "${workloads[@]}"
+}
+open=${CONCURRENCY:-640}
+span=${SECONDS_EACH:-45}
+
+for name in "$@"; do
+  case $name in
+    kernels) step kernels 120 "${kernel_tests[@]}" test/kernel/test_kernels.py test/kernel/test_steps.py ;;
+    channel) lines=40 step channel 180 "${kernel_tests[@]}" test/kernel/test_ipc_channel.py ;;
+    transfer) lines=40 step transfer 180 "${kernel_tests[@]}" test/kernel/test_cuda_ipc_transfer.py ;;
+    executor) lines=60 step executor 240 "${kernel_tests[@]}" test/kernel/test_gpu_executor.py ;;
+    profile) lines=60 step profile 240 python3 benchmark/gpu_executor.py ;;
+    gqa) gpu_tests gqa 400 "gqa and not returns" ;;
+    mha) gpu_tests mha 400 "mha and not returns" ;;
+    exactness) gpu_tests exactness 550 "not returns" ;;
+    returns) gpu_tests returns 550 "kill or returns" ;;
+    smoke)
+      systems=(adrenaline:$ratio)
+      compare smoke 240 "$seven" "burst in=512 out=64 requests=32" "single in=2048 out=32 requests=2" ;;
+    compare7b)
+      compare compare7b 580 "$seven" "saturated in=512 out=512 concurrency=$open seconds=$span stream=8" \
+        "single in=8192 out=128 requests=3" "rate in=8192 out=8 rate=1 requests=10" ;;
+    compare8b)
+      compare compare8b 580 "$eight" "saturated in=4096 out=512 concurrency=$open seconds=$span stream=8" \
+        "single in=8192 out=128 requests=3" ;;
+    rates7b)
+      compare rates7b 580 "$seven" "rate in=512 out=512 rate=8 requests=160" "rate in=512 out=512 rate=12 requests=240" \
+        "rate in=512 out=512 rate=16 requests=320" ;;
+    idle7b)
+      systems=("$pd" adrenaline:0 adrenaline:1)
+      compare idle7b 580 "$seven" "single in=8192 out=256 requests=4" \
+        "saturated in=512 out=512 concurrency=$open seconds=$span stream=8" ;;
+    ratios7b)
+      systems=(adrenaline:$ratio)
+      workloads=()
+      for r in ${RATIOS:-0 0.3 0.5 0.7 0.9}; do
+        workloads+=("saturated in=512 out=512 concurrency=$open seconds=$span stream=8 ratio=$r")
+      done
+      compare ratios7b 580 "$seven" "${workloads[@]}" ;;
+    soak)
+      systems=(adrenaline:$ratio)
+      compare soak 590 "$seven" "saturated in=512 out=512 concurrency=$open seconds=${SECONDS_EACH:-420} stream=8" ;;
+    *) echo "unknown step: $name" >&2; worst=2 ;;
+  esac
+done
+exit "$worst"
