@@ -201,6 +201,16 @@ def model_runner(scheduler: Scheduler) -> Any:
     return scheduler.tp_worker.model_runner
 
 
+def gpu_of(model_runner: Any) -> int | None:
+    """Index of the GPU that a ModelRunner computes on, None on a CPU."""
+    return int(model_runner.gpu_id) if model_runner.device == "cuda" else None
+
+
+def use_forward_stream(model_runner: Any, stream: torch.cuda.Stream) -> None:
+    """Before `ModelRunner.initialize`: forward passes of the overlapping event loops run on this stream."""
+    model_runner.forward_stream = stream
+
+
 def model_dtype(scheduler: Scheduler) -> str:
     return str(model_runner(scheduler).dtype).removeprefix("torch.")
 
