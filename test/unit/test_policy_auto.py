@@ -191,7 +191,7 @@ def test_decide_other_instance_sets_the_level_fills_up_to_it():
 
 
 def test_decide_full_decode_memory_overflows_until_the_slo():
-    full = msgspec.structs.replace(BUSY, free_tokens=100, local_tokens=60_000)
+    full = msgspec.structs.replace(BUSY, free_tokens=100, local_tokens=60_000, linear_s=0.03)
     fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=60_000, pinned_tokens=60_000)}
     request = policy.Request(prompt_len=700)
 
@@ -199,8 +199,17 @@ def test_decide_full_decode_memory_overflows_until_the_slo():
         return policy.decide_by_load(policy.LoadState(), request, "a", full, fleet, rules)[0]
 
     assert at(policy.LoadSettings()) == policy.Decision(700, policy.Reason.OVERFLOW)
-    assert at(policy.LoadSettings(slo_tpot_s=0.0145)).split == 0
+    assert at(policy.LoadSettings(slo_tpot_s=0.04)).split == 0
     assert at(policy.LoadSettings(max_rows=80)).split == 0
+
+
+def test_decide_full_decode_memory_where_remote_reads_cost_more_than_rows_save_waits():
+    full = msgspec.structs.replace(BUSY, free_tokens=100, local_tokens=60_000, linear_s=0.0045)
+    fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=60_000, pinned_tokens=60_000)}
+    decision, _ = policy.decide_by_load(
+        policy.LoadState(), policy.Request(prompt_len=700), "a", full, fleet, policy.LoadSettings()
+    )
+    assert decision == policy.Decision(0, policy.Reason.LEVEL)
 
 
 def test_decide_prompt_longer_than_decode_memory_stays_remote_as_far_as_needed():
@@ -286,6 +295,15 @@ def test_bounds_paper_formulas():
     bounds = policy.offload_bounds(BUSY, [peer, peer], policy.LoadSettings(), rows_max=180, rows_slo=100)
     assert (bounds.memory, bounds.bandwidth, bounds.compute) == (1.6, 1.0, 0.8)
     assert (bounds.mem, bounds.bound) == (1.0, 0.8)
+
+
+def test_output_lengths_alike_expect_half_an_output_and_varied_ones_what_is_there():
+    alike = varied = policy.OutputLengths()
+    assert alike.expected_tokens(1_000, 600, 9) == 1_000
+    for _ in range(500):
+        alike, varied = alike.add(512), varied.add(10).add(10).add(10).add(2_000)
+    assert alike.expected_tokens(1_000, 600, 9) == 600 + 10 * 256
+    assert varied.expected_tokens(1_000, 600, 9) == 1_000
 
 
 POINTS = [

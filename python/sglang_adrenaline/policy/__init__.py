@@ -10,6 +10,7 @@ instances) has to be agreed between them before it becomes a view or an observat
     views.py     what `decide_by_load` looks at
     feedback.py  what measured steps change: `observe`
     bounds.py    the offload bounds of the paper
+    growth.py    how local attention will grow
     sm_share.py  how prefill and executor share a GPU
 """
 
@@ -17,6 +18,7 @@ from sglang_adrenaline.policy.auto import Decision, LoadState, Reason, decide_by
 from sglang_adrenaline.policy.bounds import Bounds, offload_bounds
 from sglang_adrenaline.policy.feedback import Observation, observe
 from sglang_adrenaline.policy.fixed import Settings, State, decide
+from sglang_adrenaline.policy.growth import OutputLengths
 from sglang_adrenaline.policy.sm_share import PrefillLoad, SharePoint, choose_share
 from sglang_adrenaline.policy.views import DecodeView, LoadSettings, PrefillView, Request
 from sglang_adrenaline.policy.wish import WHOLE_PROMPT, requested_prefix_len
@@ -29,6 +31,7 @@ __all__ = [
     "LoadSettings",
     "LoadState",
     "Observation",
+    "OutputLengths",
     "PrefillLoad",
     "PrefillView",
     "Reason",

@@ -10,9 +10,13 @@ on instance i as long as t_i stays under the level, which is raised by the n - P
     P <= (level of the other instances - round_trip_i) * rate_i - remote_i
     or P <= ((local + n) / rate_d - round_trip_i - remote_i / rate_i) / (1 / rate_i + 1 / rate_d)
 
-C1, the memory condition: P fits under the cap on pinned tokens. A request that finds no room here would wait for it:
-it goes remote beyond the hidden part, within C1, as long as the batch stays under B_max, the step within the TPOT SLO
-and tokens per second do not fall.
+C1, the memory condition: P fits under the cap on pinned tokens. A request that finds no room here would wait for it.
+It goes remote beyond the hidden part, within C1, if that gains throughput, as long as the batch stays under B_max and
+the step within the TPOT SLO. It gains where a step's fixed time is spread over more rows by more than remote reads add:
+with `pool` tokens of decode memory in use, a batch takes fixed / rows + remote tokens of a row / rate_i per token, and
+moving one token out of a full pool makes room for 1 / pool more of the batch, so it pays where
+
+    1 / rate_i < fixed / pool
 
 Whole prompts are preferred to split ones: a whole remote prompt needs no transfer, a local one no round trip.
 """
@@ -143,7 +147,8 @@ def _hidden(
     rate = _rate(state, target, peer)
     remote = peer.attended_tokens - (request.shared_tokens if settings.shared_read else 0)
     fill = (others - peer.round_trip_s) * rate - remote
-    local_s = (decode.local_tokens + request.prompt_len) / decode.attention_rate
+    local = decode.local_tokens if decode.expected_tokens is None else decode.expected_tokens
+    local_s = (local + request.prompt_len) / decode.attention_rate
     balance = (local_s - peer.round_trip_s - remote / rate) / (1.0 / rate + 1.0 / decode.attention_rate)
     return max(fill, balance, 0.0)
 
@@ -161,7 +166,8 @@ def _worth(request: Request, decode: DecodeView, peer: PrefillView) -> bool:
 
 def _overflow(state: LoadState, decode: DecodeView, rate: float, peer: PrefillView, settings: LoadSettings) -> float:
     """Tokens that a request may leave remote as one more row: within B_max, the SLO, and without loss of throughput."""
-    if decode.rows >= settings.max_rows:
+    fixed_s = decode.linear_s - decode.rows * decode.linear_row_s
+    if decode.rows >= settings.max_rows or decode.pool_tokens > fixed_s * rate:
         return 0.0
     local_s = decode.local_tokens / decode.attention_rate
     remote_s = peer.round_trip_s + peer.attended_tokens / rate if peer.attended_tokens else 0.0

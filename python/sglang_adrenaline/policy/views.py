@@ -34,6 +34,9 @@ class DecodeView(msgspec.Struct, frozen=True, kw_only=True):
     rows: int
     """Admitted requests."""
     attention_rate: float
+    expected_tokens: int | None = None
+    """`local_tokens` as they will be on the mean while a new request runs (local prompts and half an output for every
+    row): in a batch whose requests began together the suffixes are all short at first. None: as they are now."""
     linear_s: float = 0.0
     """Time of a step at `rows` without attention."""
     linear_row_s: float = 0.0

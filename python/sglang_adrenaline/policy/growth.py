@@ -1,0 +1,33 @@
+"""What local attention will read on the mean while a new request runs."""
+
+from __future__ import annotations
+
+import msgspec
+
+WEIGHT = 0.02
+
+
+class OutputLengths(msgspec.Struct, frozen=True):
+    """Running means over the outputs of ended requests, the newest weighing WEIGHT; start with the default."""
+
+    mean: float = 0.0
+    square: float = 0.0
+
+    def add(self, output_len: int) -> OutputLengths:
+        if not self.mean:
+            return OutputLengths(output_len, output_len**2)
+        return OutputLengths(
+            self.mean + WEIGHT * (output_len - self.mean), self.square + WEIGHT * (output_len**2 - self.square)
+        )
+
+    def expected_tokens(self, local_tokens: int, local_prompt_tokens: int, rows: int) -> int:
+        """For `DecodeView.expected_tokens`: local_tokens now, of which local_prompt_tokens are prompts, in `rows` rows.
+
+        Outputs of one length keep a batch that began together in step: its suffixes are all short at first and half an
+        output on the mean. The more lengths vary, the more a batch mixes young and old, and now is like the mean.
+        """
+        if not self.mean:
+            return local_tokens
+        alike = max(2.0 - self.square / self.mean**2, 0.0)  # 1 - the squared coefficient of variation
+        half_way = local_prompt_tokens + (rows + 1) * self.mean / 2
+        return int(alike * half_way + (1.0 - alike) * local_tokens)

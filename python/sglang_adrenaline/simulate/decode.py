@@ -1,0 +1,283 @@
+"""A decode instance of a PD deployment, stock or with offloading; the decisions are the package's own policy.
+
+Admission is SGLang's: a request is admitted when its tokens here and a reserve for it and for each active request fit;
+only then does its prefill begin. When the pool runs full, the newest requests are retracted and come back later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_adrenaline import policy
+from sglang_adrenaline.cost_model import CostModel
+from sglang_adrenaline.policy.views import pin_room
+from sglang_adrenaline.simulate.batch import Batch
+from sglang_adrenaline.simulate.prefill import BATCH_TOKENS, Prefill
+from sglang_adrenaline.simulate.trace import Req
+
+OBSERVE_STEPS = 100
+RETRACT_STEPS = 20
+"""A retraction frees room for so many steps, as SGLang's does."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRules:
+    """How requests are treated."""
+
+    offload: float | str | None
+    """None: stock PD. A number: that share of prompt tokens. "auto": by load."""
+    settings: policy.LoadSettings
+    lanes: int
+    reserve_tokens: int = 512
+    """SGLang's --num-reserved-decode-tokens."""
+    at_arrival: bool = False
+    """Decide when a request arrives, before it waits for memory; what the caps refuse then stays local."""
+
+
+class Decode:
+    """One decode instance and its queue. `events` gets (time, action) pairs; see `fleet.Fleet`."""
+
+    def __init__(self, index: int, cost: CostModel, pool_tokens: int, rules: DecodeRules, prefills: list[Prefill]):
+        self.index, self.cost, self.pool, self.rules = index, cost, pool_tokens, rules
+        self.prefills = prefills
+        self.batch = Batch(token_s=1.0 / cost.attention_rate)
+        self.waiting: deque[Req] = deque()
+        self.arrived: list[Req] = []
+        """Their KV is here; they join at the next boundary."""
+        self.used = 0
+        self.active = 0
+        self.local_prompts = 0
+        """Prompt tokens here of all admitted requests."""
+        self.outputs = policy.OutputLengths()
+        self.coming_local = 0
+        """Tokens here of admitted requests that have not joined yet."""
+        self.remote = dict.fromkeys((p.index for p in prefills), 0)
+        self.remote_rows = 0
+        self.retracted = 0
+        self.reasons: dict[str, int] = {}
+        self.version = 0
+        self.outstanding = 0
+        self.state: Any = policy.LoadState() if rules.offload == "auto" else policy.State()
+        self._order: list[Req] = []
+        self._seen_steps = 0
+        self._seen_exposed = 0.0
+        self._seen_busy = 0.0
+
+    # ---- admission --------------------------------------------------------------------------------------------------
+
+    def enqueue(self, request: Req) -> None:
+        self.outstanding += 1
+        if self.rules.offload is None:
+            request.split = 0
+        elif self.rules.at_arrival:
+            self._settle(request, *self._decide(request))
+        self.waiting.append(request)
+
+    def admit(self, now: float) -> list[Req]:
+        """Requests whose prefill begins now, in order; retracted ones, first in the queue, join the batch at once.
+
+        Retracted requests wait at boundaries only: `used` is short of what the run under way has added by `now`.
+        """
+        begun: list[Req] = []
+        grown = self.batch.rows * int((now - self.batch.time) / self.batch.step_s()) if self.batch.planned else 0
+        while self.waiting:
+            request = self.waiting[0]
+            undecided = request.split < 0
+            split, state, reason = self._decide(request) if undecided else (request.split, None, "")
+            need = request.prompt - split + max(request.produced, 1)
+            if self.used + grown + need + self.rules.reserve_tokens * (self.active + 1) > self.pool and self.active:
+                break
+            self.waiting.popleft()
+            if undecided:
+                self._settle(request, split, state, reason)
+            self.used += need
+            self.active += 1
+            self.local_prompts += request.prompt - request.split
+            self.coming_local += need
+            if request.produced:
+                self._join(request)
+            else:
+                begun.append(request)
+        return begun
+
+    def prefilled(self, request: Req, now: float) -> bool:
+        """The KV that is to be here has come, with the first token; True if that was the last token as well."""
+        request.first = now
+        request.produced = 1
+        if request.output > 1:
+            self.arrived.append(request)
+            return False
+        tokens = request.prompt - request.split + 1
+        self.coming_local -= tokens
+        self.used -= tokens
+        request.finish = now
+        self._release(request)
+        return True
+
+    def _settle(self, request: Req, split: int, state: Any, reason: str) -> None:
+        request.split = split
+        self.state = state
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        if split:
+            self.prefills[request.prefill].pin(request, split, self.rules.settings.shared_read)
+
+    def _decide(self, request: Req) -> tuple[int, Any, str]:
+        """(split, next state of the policy, why) for a request."""
+        if self.rules.offload == "auto":
+            return self._decide_by_load(request)
+        settings = self.rules.settings
+        fixed = policy.Settings(float(self.rules.offload or 0.0), settings.min_tokens, settings.page_size)
+        split, state = policy.decide(self.state, request.prompt, None, fixed)
+        peer = self.prefills[request.prefill]
+        if split and (
+            split - peer.cache.pinned_prefix(request.blocks) > pin_room(self._view(peer), settings)
+            or not self._lanes(peer)
+        ):
+            return 0, state, "refused"
+        return split, state, "ratio"
+
+    def _decide_by_load(self, request: Req) -> tuple[int, Any, str]:
+        peer = self.prefills[request.prefill]
+        shared = peer.cache.pinned_prefix(request.blocks) if request.blocks else 0
+        rows, reserve = self.active, self.rules.reserve_tokens
+        local = self.batch.local + self.coming_local
+        linear = self.cost.linear_s(rows)
+        decision, state = policy.decide_by_load(
+            self.state,
+            policy.Request(prompt_len=request.prompt, shared_tokens=shared, cached_tokens=shared),
+            str(peer.index),
+            policy.DecodeView(
+                pool_tokens=self.pool,
+                free_tokens=max(self.pool - self.used - reserve * rows, 0),
+                local_tokens=local,
+                rows=rows,
+                attention_rate=self.cost.attention_rate,
+                expected_tokens=self.outputs.expected_tokens(local, self.local_prompts, rows),
+                linear_s=linear,
+                linear_row_s=self.cost.linear_s(rows + 1) - linear if rows else 0.0,
+                growth_tokens=reserve,
+            ),
+            {str(p.index): self._view(p) for p in self.prefills},
+            self.rules.settings,
+        )
+        return decision.split, state, decision.reason.value
+
+    def _lanes(self, peer: Prefill) -> int:
+        return max(self.rules.lanes - peer.lanes_in_use, 0)
+
+    def _view(self, peer: Prefill) -> policy.PrefillView:
+        return policy.PrefillView(
+            pool_tokens=peer.pool_tokens,
+            pinned_tokens=peer.pinned,
+            attended_tokens=peer.attended,
+            lanes_free=self._lanes(peer),
+            attention_rate=peer.told_rate,
+            round_trip_s=self.cost.round_trip_s(peer.lanes_in_use + 1),
+            overhead_s=self.cost.overhead_s,
+            cache_reserve_tokens=min(BATCH_TOKENS, peer.pool_tokens // 10),
+        )
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    def boundary(self) -> list[Req]:
+        """Carry out the planned run, let requests leave and join; returns those that finished."""
+        batch = self.batch
+        self.used += batch.finish_run() * batch.rows
+        finished = []
+        while (request := batch.pop_finished()) is not None:
+            tokens = request.prompt - request.split + request.output
+            batch.local -= tokens
+            self.used -= tokens
+            if request.split:
+                self.remote[request.prefill] -= request.split
+                self.remote_rows -= 1
+            self._release(request)
+            request.produced = request.output
+            request.finish = batch.time
+            finished.append(request)
+        for request in self.arrived:
+            self._join(request)
+        self.arrived.clear()
+        if batch.rows and self.used + batch.rows > self.pool and batch.rows > 1:
+            self._retract()
+        self._observe()
+        return finished
+
+    def _join(self, request: Req) -> None:
+        tokens = request.prompt - request.split + request.produced
+        self.coming_local -= tokens
+        self.batch.add(request, tokens)
+        self._order.append(request)
+        if request.split:
+            self.remote[request.prefill] += request.split
+            self.remote_rows += 1
+
+    def _release(self, request: Req) -> None:
+        self.outputs = self.outputs.add(request.output)
+        self.local_prompts -= request.prompt - request.split
+        self.active -= 1
+        self.outstanding -= 1
+        if request.split:
+            self.prefills[request.prefill].unpin(request, request.split, self.rules.settings.shared_read)
+
+    def _retract(self) -> None:
+        batch = self.batch
+        while batch.rows > 1 and self.used + RETRACT_STEPS * batch.rows > self.pool:
+            request = self._order.pop()
+            if request.stamp < 0:
+                continue
+            left = request.stamp - batch.step
+            request.produced = request.output - left
+            tokens = request.prompt - request.split + request.produced
+            batch.remove(request, tokens)
+            self.used -= tokens
+            self.local_prompts -= request.prompt - request.split
+            self.active -= 1
+            if request.split:
+                self.remote[request.prefill] -= request.split
+                self.remote_rows -= 1
+            self.retracted += 1
+            self.waiting.appendleft(request)
+
+    def plan(self) -> float | None:
+        """Begin the next run; the time of its last boundary, None if there is nothing to do."""
+        batch = self.batch
+        if not batch.rows:
+            return None
+        fixed, remote = self.cost.linear_s(batch.rows), 0.0
+        if self.remote_rows:
+            fixed += self.cost.overhead_s
+            trip = self.cost.round_trip_s(self.remote_rows)
+            for peer in self.prefills:
+                if self.remote[peer.index]:
+                    remote = max(remote, trip + peer.attended / peer.rate)
+        if len(self._order) > 4 * batch.rows + 16:
+            self._order = [request for request in self._order if request.stamp >= 0]
+        end = batch.plan(max((self.pool - self.used) // batch.rows, 1), fixed, remote)
+        for peer in self.prefills:
+            if self.remote[peer.index]:
+                peer.step_s = batch.step_s()
+        return end
+
+    def _observe(self) -> None:
+        """Report waits to the policy now and then; they are those of the slowest prefill instance."""
+        batch = self.batch
+        steps = batch.steps_total - self._seen_steps
+        if self.rules.offload != "auto" or steps < OBSERVE_STEPS or not self.remote_rows:
+            return
+        slowest = max(self.prefills, key=lambda peer: peer.attended / peer.rate if self.remote[peer.index] else -1.0)
+        step_s = (batch.busy_s - self._seen_busy) / steps
+        self.state = policy.observe(
+            self.state,
+            policy.Observation(
+                peer=str(slowest.index),
+                steps=steps,
+                step_s=step_s,
+                predicted_step_s=step_s,
+                exposed_wait_s=(batch.exposed_s - self._seen_exposed) / steps,
+            ),
+            self.rules.settings,
+        )
+        self._seen_steps, self._seen_exposed, self._seen_busy = batch.steps_total, batch.exposed_s, batch.busy_s

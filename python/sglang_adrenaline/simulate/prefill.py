@@ -1,0 +1,130 @@
+"""A prefill instance: first come, first served; a prefix cache; pins and the executor's load."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from sglang_adrenaline.cost_model import WHOLE_DEVICE, CostModel
+from sglang_adrenaline.simulate.trace import BLOCK_TOKENS, Req
+
+BATCH_TOKENS = 8192
+"""SGLang's chunk of prefill: prompts up to so many tokens share a batch."""
+
+
+class PrefixCache:
+    """Blocks by how recently they were used; pinned ones stay."""
+
+    __slots__ = ("_blocks", "pins")
+
+    def __init__(self) -> None:
+        self._blocks: OrderedDict[int, None] = OrderedDict()
+        self.pins: dict[int, int] = {}
+
+    def match(self, blocks: tuple[int, ...]) -> int:
+        """Leading tokens that are there; they count as used."""
+        held, matched = self._blocks, 0
+        for block in blocks:
+            if block not in held:
+                break
+            held.move_to_end(block)
+            matched += 1
+        return matched * BLOCK_TOKENS
+
+    def insert(self, blocks: tuple[int, ...], room_tokens: int) -> None:
+        """Add a prompt's blocks, then forget the oldest unpinned ones beyond `room_tokens`."""
+        held, pins = self._blocks, self.pins
+        for block in blocks:
+            held[block] = None
+            held.move_to_end(block)
+        tries = len(held) if len(held) * BLOCK_TOKENS > room_tokens else 0
+        while tries and len(held) * BLOCK_TOKENS > room_tokens:
+            block, _ = held.popitem(last=False)
+            if block in pins:
+                held[block] = None
+            tries -= 1
+
+    def pinned_prefix(self, blocks: tuple[int, ...]) -> int:
+        """Leading tokens that some request keeps pinned."""
+        count = 0
+        for block in blocks:
+            if block not in self.pins:
+                break
+            count += 1
+        return count * BLOCK_TOKENS
+
+
+class Prefill:
+    """One prefill instance. `share`: the executor's part of the device, WHOLE_DEVICE for no partition."""
+
+    def __init__(self, index: int, cost: CostModel, pool_tokens: int, share: float, rate_error: float = 1.0) -> None:
+        self.index, self.cost, self.pool_tokens = index, cost, pool_tokens
+        self.cache = PrefixCache()
+        self.lanes_in_use = 0
+        self.pinned = 0
+        self.attended = 0
+        """Tokens that its executor reads in a step, for all decode instances."""
+        self.step_s = 0.0
+        """Of a decode instance that it last heard of."""
+        self.free_at = 0.0
+        self.busy_s = 0.0
+        self._batch_tokens = BATCH_TOKENS
+        figures = cost.share_figures(share) if share != WHOLE_DEVICE else None
+        self.told_rate = figures.attention_bytes_s / cost.kv_token_bytes if figures else cost.attention_rate
+        self.rate = self.told_rate * rate_error
+        """What the executor really reaches; the policy is told `told_rate`."""
+        self._factor = figures.prefill_factor if figures else None
+
+    def submit(self, request: Req, now: float) -> float:
+        """Queue the prompt; returns when its KV and its first token are there."""
+        cached = min(self.cache.match(request.blocks), request.prompt - 1)
+        request.cached = cached
+        new = request.prompt - cached
+        service = self.cost.prefill_s(new, cached)
+        if now >= self.free_at or self._batch_tokens + new > BATCH_TOKENS:
+            service += self.cost.profile.prefill_fixed_s
+            self._batch_tokens = 0
+        self._batch_tokens += new
+        service /= self._speed()
+        start = max(now, self.free_at)
+        self.free_at = start + service
+        self.busy_s += service
+        if request.blocks:
+            unshared = self.pinned - len(self.cache.pins) * BLOCK_TOKENS
+            self.cache.insert(request.blocks, self.pool_tokens - unshared)
+        return self.free_at
+
+    def _speed(self) -> float:
+        """Of prefill beside the executor, as share of what it reaches alone."""
+        if not self.attended:
+            return 1.0
+        if self._factor is not None:
+            return self._factor
+        # No partition: the executor's kernels come first and take their time from prefill.
+        duty = self.attended / self.rate / self.step_s if self.step_s else 0.0
+        return max(1.0 - duty, 0.1)
+
+    def pin(self, request: Req, tokens: int, shared_read: bool) -> None:
+        """Keep the first `tokens` of a prompt; each shared block counts once."""
+        pins, fresh = self.cache.pins, 0
+        blocks = request.blocks[: tokens // BLOCK_TOKENS]
+        for block in blocks:
+            held = pins.get(block, 0)
+            pins[block] = held + 1
+            fresh += not held
+        request.room = tokens - len(blocks) * BLOCK_TOKENS
+        new = fresh * BLOCK_TOKENS + request.room
+        self.pinned += new
+        self.attended += new if shared_read else tokens
+        self.lanes_in_use += 1
+
+    def unpin(self, request: Req, tokens: int, shared_read: bool) -> None:
+        pins, gone = self.cache.pins, 0
+        for block in request.blocks[: tokens // BLOCK_TOKENS]:
+            pins[block] -= 1
+            if not pins[block]:
+                del pins[block]
+                gone += 1
+        freed = gone * BLOCK_TOKENS + request.room
+        self.pinned -= freed
+        self.attended -= freed if shared_read else tokens
+        self.lanes_in_use -= 1
