@@ -24,7 +24,7 @@ HEAD_DIM = 64
 NUM_HEADS = 8
 NUM_LAYERS = 4
 LOUD_TOKENS = 24
-LOUD, QUIET = 0.8, 0.1
+LOUD, QUIET = 0.6, 0.08
 """Standard deviation of a loud and of any other token's logit."""
 
 

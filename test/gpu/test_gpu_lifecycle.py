@@ -129,7 +129,7 @@ def test_kill_decode_prefill_unpins_in_time(fleets, variant):
         assert client.ended and client.status not in (0, 200), client
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300, func_only=True)
 @pytest.mark.parametrize(("variant", "server"), [("gqa", "prefill"), ("mha", "decode")])
 def test_lost_server_returns_and_is_used_again(fleets, variant, server):
     """The servers that the two tests before this one killed."""
