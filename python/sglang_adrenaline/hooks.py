@@ -108,6 +108,14 @@ HOOKS = (
         (),
         "runs once a loop: ended requests are unpinned by the thread that owns the radix tree",
     ),
+    Hook(
+        "prefill",
+        "model_executor.model_runner.ModelRunner.initialize",
+        "before",
+        "split_gpu",
+        (),
+        "where the executor has SMs of its own, prefill's kernels run on a stream that stays off them",
+    ),
     Hook("prefill", f"{SCHEDULER}.flush_cache", "around", "flush_cache", (), "a flush would free pinned slots"),
     *(
         Hook(

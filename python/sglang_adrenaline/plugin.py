@@ -95,7 +95,10 @@ def _role_handlers(config: AdrenalineConfig) -> tuple[Any, Any]:
             "update_weights_from_ipc": io_struct.UpdateWeightsFromIPCReqOutput,
         }
         methods = {name: prefill.refuse_update(output) for name, output in updates.items()}
-        public = {name: getattr(prefill, name) for name in ("send_kv_chunk", "pump", "flush_cache", "release_memory")}
+        public = {
+            name: getattr(prefill, name)
+            for name in ("split_gpu", "send_kv_chunk", "pump", "flush_cache", "release_memory")
+        }
         return SimpleNamespace(**public, **methods), prefill.runtime
 
     from sglang.srt.disaggregation import decode as sglang_decode

@@ -121,9 +121,8 @@ def _backend_reasons(server_args: Any, config: AdrenalineConfig) -> Iterator[str
         yield "--disaggregation-transfer-backend fake"
     if server_args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"):
         yield f"a quantised KV cache (--kv-cache-dtype {server_args.kv_cache_dtype})"
-    if server_args.device == "cpu":
-        supported = CPU_BACKENDS
-    else:
+    supported: tuple[str, ...] = CPU_BACKENDS
+    if server_args.device != "cpu":
         supported = DECODE_GPU_BACKENDS if config.role == "decode" else PREFILL_GPU_BACKENDS
     for backend in sorted({name for name in server_args.get_attention_backends() if name is not None}):
         if backend not in supported:

@@ -98,8 +98,6 @@ class PrefillRuntime:
         self._lanes = self.config.lanes_for(self._device.type)
         if self.config.partition_sms and self._device.type != "cuda":
             raise ConfigError("--adrenaline-executor-sms needs a GPU")
-        if self.partition is None and self._device.index is not None:
-            self.split_gpu(self._device.index)  # the executor's side alone: prefill goes on using all SMs
         self._rank = compat.rank(scheduler)
         self._pool = compat.pool_shape(scheduler)
         self._layers = [
