@@ -19,6 +19,7 @@ OUT=${OUT:-/tmp/gpu-out}
 work=$(mktemp -d /tmp/gpu-run.XXXXXX)
 mkdir -p "$OUT"
 source scripts/gpu/setup.sh || exit 1
+ulimit -n "$(ulimit -Hn)" # a router holds three connections a request
 nvidia-smi --query-gpu=index,name,memory.total,memory.used --format=csv,noheader
 nvidia-smi topo -m 2>/dev/null | head -5
 
