@@ -27,9 +27,19 @@ class ModelFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_bytes_each: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
 
     @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(out, in) of a layer's matrices as SGLang joins them: qkv, o, gate and up, down."""
+        qo, kv = self.num_qo_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return [
+            (qo + 2 * kv, self.hidden_size),
+            (self.hidden_size, qo),
+            (2 * self.intermediate_size, self.hidden_size),
+            (self.hidden_size, self.intermediate_size),
+        ]
+
+    @property
     def layer_parameters(self) -> int:
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_qo_heads + self.num_kv_heads)
-        return attention + 3 * self.hidden_size * self.intermediate_size
+        return sum(rows * columns for rows, columns in self.matrices)
 
     @property
     def linear_parameters(self) -> int:

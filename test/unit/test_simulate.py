@@ -163,6 +163,16 @@ def test_policy_feedback_lessens_what_a_slow_executor_costs():
     assert with_feedback < 0.75 * without
 
 
+@pytest.mark.parametrize("offload", ["dp", None, "auto"])
+def test_fleet_with_concurrency_has_never_more_requests_under_way(offload):
+    requests = requests_of([(0.0, 500 + 10 * index, 1 + index) for index in range(40)])
+    fleet_of(offload).run(requests, concurrency=5)
+    for request in requests:
+        under_way = sum(r.arrival <= request.arrival < r.finish for r in requests)
+        assert request.finish > 0 and under_way <= 5
+    assert max(r.arrival for r in requests) > 0
+
+
 def test_shared_prefixes_are_pinned_once():
     requests = [trace.Req(0.0, 5000, 50, tuple(range(9))) for _ in range(40)]
     fleet = fleet_of(1.0, pool=20_000, reserve_tokens=64)
@@ -246,6 +256,7 @@ def test_main_same_seed_gives_the_same_figures(model, capsys):
         (["--pool-tokens", "1000"], "does not fit"),
         (["--tp", "5"], "divided"),
         (["--executor-share", "auto"], "needs --rate"),
+        (["--rate", "2", "--concurrency", "2"], "exclude each other"),
         (["--trace", "fixed", "--input-len", "500000"], "no request"),
     ],
 )

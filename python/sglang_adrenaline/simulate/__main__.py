@@ -10,12 +10,13 @@ from pathlib import Path
 import msgspec
 
 from sglang_adrenaline import policy
+from sglang_adrenaline.cli import require_matplotlib
 from sglang_adrenaline.errors import AdrenalineError, ConfigError
 from sglang_adrenaline.profile_data import write_whole
 from sglang_adrenaline.simulate import options, trace
 from sglang_adrenaline.simulate.decode import DecodeRules
 from sglang_adrenaline.simulate.fleet import AggregatedFleet, DisaggregatedFleet, Shape
-from sglang_adrenaline.simulate.report import Result, Samples, plot, require_matplotlib, summarise, table
+from sglang_adrenaline.simulate.report import Result, Samples, plot, summarise, table
 
 
 def make_requests(plan: options.Plan) -> list[trace.Req]:
@@ -86,7 +87,7 @@ def simulate(plan: options.Plan) -> tuple[list[Result], list[Samples]]:
         )
         fleet = AggregatedFleet(shape, plan.cost) if name == "dp" else DisaggregatedFleet(shape, plan.cost, rules)
         begun = time.process_time()
-        fleet.run(requests)
+        fleet.run(requests, args.concurrency)
         gpus = args.groups * (args.prefill + args.decode) * plan.cost.profile.tp_size
         result, sample = summarise(
             name,
@@ -105,7 +106,16 @@ def simulate(plan: options.Plan) -> tuple[list[Result], list[Samples]]:
 def describe(plan: options.Plan) -> str:
     args, profile = plan.args, plan.cost.profile
     source = f"profile {args.profile}" if args.profile else f"data sheet figures of {profile.device}, nothing measured"
-    load = f"rate {args.rate:g}/s" if args.rate else "its own times" if args.trace not in options.MADE_UP else "at once"
+    if args.concurrency:
+        load = f"{args.concurrency} at a time"
+    else:
+        load = (
+            f"rate {args.rate:g}/s"
+            if args.rate
+            else "its own times"
+            if args.trace not in options.MADE_UP
+            else "at once"
+        )
     return (
         f"{args.groups} x {args.prefill}P{args.decode}D, TP {profile.tp_size}, {profile.device} ({source}), "
         f"{plan.pool_tokens} KV tokens an instance; trace {args.trace}, {load}"

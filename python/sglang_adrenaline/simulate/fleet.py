@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,16 +45,10 @@ class Events:
         self._count += 1
         heapq.heappush(self._heap, (time, self._count, action, args))
 
-    def run(self, requests: list[Req], arrive: Callable[[Req], None]) -> None:
-        """Hand over all requests at their times and work off everything that follows."""
+    def run_until(self, end: float) -> None:
+        """Work off everything before `end`, and what follows from it."""
         heap = self._heap
-        for request in requests:
-            while heap and heap[0][0] < request.arrival:
-                time, _, action, args = heapq.heappop(heap)
-                action(time, *args)
-                self.handled += 1
-            arrive(request)
-        while heap:
+        while heap and heap[0][0] < end:
             time, _, action, args = heapq.heappop(heap)
             action(time, *args)
             self.handled += 1
@@ -64,10 +60,44 @@ def _two_choices(blocks: tuple[int, ...], serial: int, count: int) -> tuple[int,
     return (blocks[0] * 40503 % 65521 % count if blocks else serial % count), turn
 
 
-class DisaggregatedFleet:
+class Fleet:
+    """What both kinds share: the load they are given."""
+
+    def __init__(self) -> None:
+        self.events = Events()
+        self._serial = 0
+        self._backlog: deque[Req] = deque()
+
+    def run(self, requests: list[Req], concurrency: int | None = None) -> None:
+        """Hand over all requests at their times or, with `concurrency`, so many at a time, and finish them."""
+        if concurrency is None:
+            for request in requests:
+                self.events.run_until(request.arrival)
+                self._arrive(request)
+        else:
+            self._backlog.extend(requests)
+            for _ in range(min(concurrency, len(requests))):
+                self._next_client(0.0)
+        self.events.run_until(math.inf)
+
+    def _next_client(self, now: float) -> None:
+        """A request has ended; with a backlog its client sends another."""
+        if self._backlog:
+            self.events.at(now, self._send, self._backlog.popleft())
+
+    def _send(self, now: float, request: Req) -> None:
+        request.arrival = now
+        self._arrive(request)
+
+    def _arrive(self, request: Req) -> None:
+        raise NotImplementedError
+
+
+class DisaggregatedFleet(Fleet):
     """Groups of prefill and decode instances: stock PD, or with offloading."""
 
     def __init__(self, shape: Shape, cost: CostModel, rules: DecodeRules) -> None:
+        super().__init__()
         self.groups: list[tuple[list[Prefill], list[Decode]]] = []
         for _ in range(shape.groups):
             prefills = [
@@ -79,11 +109,6 @@ class DisaggregatedFleet:
             )
         self._cost = cost
         self._load = [0] * shape.groups
-        self._serial = 0
-        self.events = Events()
-
-    def run(self, requests: list[Req]) -> None:
-        self.events.run(requests, self._arrive)
 
     def instances(self) -> list[Decode]:
         return [decode for _, decodes in self.groups for decode in decodes]
@@ -115,6 +140,7 @@ class DisaggregatedFleet:
     def _prefilled(self, now: float, decode: Decode, request: Req) -> None:
         if decode.prefilled(request, now):
             self._load[request.decode] -= 1
+            self._next_client(now)
             self._begin(decode, now)
         elif not decode.batch.planned:
             decode.batch.time = max(decode.batch.time, now)
@@ -133,22 +159,19 @@ class DisaggregatedFleet:
     def _turn(self, decode: Decode) -> None:
         for request in decode.boundary():
             self._load[request.decode] -= 1
+            self._next_client(request.finish)
         self._begin(decode, decode.batch.time)
         if (end := decode.plan()) is not None:
             self._next(decode, end)
 
 
-class AggregatedFleet:
+class AggregatedFleet(Fleet):
     """Instances that each do everything (data parallel)."""
 
     def __init__(self, shape: Shape, cost: CostModel) -> None:
+        super().__init__()
         count = shape.groups * (shape.prefills + shape.decodes)
         self._all = [Aggregated(index, cost, shape.pool_tokens, shape.new_token_ratio) for index in range(count)]
-        self._serial = 0
-        self.events = Events()
-
-    def run(self, requests: list[Req]) -> None:
-        self.events.run(requests, self._arrive)
 
     def instances(self) -> list[Aggregated]:
         return self._all
@@ -176,6 +199,7 @@ class AggregatedFleet:
 
     def _boundary(self, now: float, instance: Aggregated, version: int) -> None:
         if version == instance.version:
-            instance.boundary()
+            for request in instance.boundary():
+                self._next_client(request.finish)
             if (end := instance.plan()) is not None:
                 self._next(instance, end)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from sglang_adrenaline.cli import OneLineParser, count, number
 from sglang_adrenaline.cost_model import WHOLE_DEVICE, CostModel
 from sglang_adrenaline.errors import ConfigError
 from sglang_adrenaline.figures import model_from_config
@@ -16,30 +15,6 @@ from sglang_adrenaline.profile_data import datasheet_profile, load_profile
 
 SYSTEMS = ("pd", "dp", "adrenaline")
 MADE_UP = ("fixed", "sharegpt", "agents")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Reports a bad command line as ConfigError instead of printing its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-def _number(low: float, high: float, kind: Callable[[str], float] = float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
-        if not low <= value <= high or math.isnan(value):
-            raise argparse.ArgumentTypeError(f"{text} is not in {low:g}..{high:g}")
-        return value
-
-    return parse
-
-
-def _count(high: int = 10_000_000) -> Callable[[str], float]:
-    return _number(1, high, int)
 
 
 def _systems(text: str) -> list[str]:
@@ -50,12 +25,12 @@ def _systems(text: str) -> list[str]:
 
 
 def _ratios(text: str) -> list[float | str]:
-    parse = _number(0, 1)
+    parse = number(0, 1)
     return ["auto" if part == "auto" else parse(part) for part in text.split(",")]
 
 
 def _share(text: str) -> float | str:
-    return text if text == "auto" else _number(0, 1)(text)
+    return text if text == "auto" else number(0, 1)(text)
 
 
 def parser() -> OneLineParser:
@@ -67,23 +42,24 @@ def parser() -> OneLineParser:
     load.add_argument(
         "--trace", default="sharegpt", metavar="T", help=f"{', '.join(MADE_UP)} or a Mooncake trace FILE (.jsonl)"
     )
-    load.add_argument("--requests", type=_count(), metavar="N", help="number of requests (default 1000; FILE: all)")
-    load.add_argument("--rate", type=_number(1e-6, 1e9), metavar="R", help="requests a second (default: all at once)")
-    load.add_argument("--input-len", type=_count(1 << 20), default=512, metavar="N", help="of --trace fixed")
-    load.add_argument("--output-len", type=_count(1 << 20), default=512, metavar="N", help="of --trace fixed")
-    load.add_argument("--agents", type=_count(), default=64, metavar="N", help="system prompts of --trace agents")
-    load.add_argument("--trace-copies", type=_count(), default=1, metavar="N", help="FILE so many times side by side")
-    load.add_argument("--trace-time-scale", type=_number(0, 1e6), default=1.0, metavar="F", help="on FILE's times")
-    load.add_argument("--seed", type=_number(0, 2**31, int), default=0)
+    load.add_argument("--requests", type=count(), metavar="N", help="number of requests (default 1000; FILE: all)")
+    load.add_argument("--rate", type=number(1e-6, 1e9), metavar="R", help="requests a second (default: all at once)")
+    load.add_argument("--concurrency", type=count(), metavar="N", help="so many at a time instead of by their times")
+    load.add_argument("--input-len", type=count(1 << 20), default=512, metavar="N", help="of --trace fixed")
+    load.add_argument("--output-len", type=count(1 << 20), default=512, metavar="N", help="of --trace fixed")
+    load.add_argument("--agents", type=count(), default=64, metavar="N", help="system prompts of --trace agents")
+    load.add_argument("--trace-copies", type=count(), default=1, metavar="N", help="FILE so many times side by side")
+    load.add_argument("--trace-time-scale", type=number(0, 1e6), default=1.0, metavar="F", help="on FILE's times")
+    load.add_argument("--seed", type=number(0, 2**31, int), default=0)
     fleet = result.add_argument_group("fleet")
     fleet.add_argument("--profile", metavar="FILE", help="of python -m sglang_adrenaline.profile")
     fleet.add_argument("--device", default="H100", metavar="D", help="data sheet to use without a profile (H100)")
     fleet.add_argument("--model-path", metavar="DIR", help="model, or its config.json; needed without a profile")
-    fleet.add_argument("--tp", type=_count(64), default=1, metavar="N", help="GPUs of an instance, without a profile")
-    fleet.add_argument("--prefill", type=_count(64), default=1, metavar="X", help="prefill instances of a group")
-    fleet.add_argument("--decode", type=_count(64), default=1, metavar="Y", help="decode instances of a group")
-    fleet.add_argument("--groups", type=_count(100_000), default=1, metavar="N", help="xPyD groups")
-    fleet.add_argument("--pool-tokens", type=_count(1 << 40), metavar="N", help="KV tokens of an instance")
+    fleet.add_argument("--tp", type=count(64), default=1, metavar="N", help="GPUs of an instance, without a profile")
+    fleet.add_argument("--prefill", type=count(64), default=1, metavar="X", help="prefill instances of a group")
+    fleet.add_argument("--decode", type=count(64), default=1, metavar="Y", help="decode instances of a group")
+    fleet.add_argument("--groups", type=count(100_000), default=1, metavar="N", help="xPyD groups")
+    fleet.add_argument("--pool-tokens", type=count(1 << 40), metavar="N", help="KV tokens of an instance")
     rules = result.add_argument_group("systems")
     rules.add_argument("--systems", type=_systems, default=list(SYSTEMS), metavar="S", help=",".join(SYSTEMS))
     rules.add_argument("--offload-ratio", type=_ratios, default=["auto"], metavar="R,...", help="auto and numbers 0..1")
@@ -93,10 +69,10 @@ def parser() -> OneLineParser:
         default="admission",
         help="whether the split is decided when memory is there or at once",
     )
-    rules.add_argument("--slo-ttft-ms", type=_number(1e-3, 1e9), metavar="MS")
-    rules.add_argument("--slo-tpot-ms", type=_number(1e-3, 1e9), metavar="MS")
-    rules.add_argument("--lanes", type=_count(4096), default=256, metavar="N", help="of a prefill instance (256)")
-    rules.add_argument("--max-pinned-fraction", type=_number(0.01, 1), default=0.8, metavar="F")
+    rules.add_argument("--slo-ttft-ms", type=number(1e-3, 1e9), metavar="MS")
+    rules.add_argument("--slo-tpot-ms", type=number(1e-3, 1e9), metavar="MS")
+    rules.add_argument("--lanes", type=count(4096), default=256, metavar="N", help="of a prefill instance (256)")
+    rules.add_argument("--max-pinned-fraction", type=number(0.01, 1), default=0.8, metavar="F")
     rules.add_argument(
         "--executor-share",
         type=_share,
@@ -104,18 +80,18 @@ def parser() -> OneLineParser:
         metavar="F",
         help="of a prefill device's SMs; auto: by load and TTFT SLO; 0: no partition (default)",
     )
-    rules.add_argument("--executor-error", type=_number(0.01, 100), default=1.0, metavar="F", help=argparse.SUPPRESS)
+    rules.add_argument("--executor-error", type=number(0.01, 100), default=1.0, metavar="F", help=argparse.SUPPRESS)
     rules.add_argument("--shared-read", action="store_true", help="executors read a shared prefix once")
     rules.add_argument(
         "--reserved-decode-tokens",
-        type=_number(0, 1 << 20, int),
+        type=number(0, 1 << 20, int),
         default=512,
         metavar="N",
         help="SGLang's --num-reserved-decode-tokens (512)",
     )
     rules.add_argument(
         "--new-token-ratio",
-        type=_number(0, 1),
+        type=number(0, 1),
         default=0.5,
         metavar="F",
         help="share of outputs to come that aggregated instances keep free (SGLang: 0.7 falling to 0.1)",
@@ -145,6 +121,8 @@ def parse(argv: Sequence[str]) -> Plan:
         raise ConfigError("--profile FILE or --model-path DIR is needed to know the model")
     if args.trace in MADE_UP:
         args.requests = args.requests or 1000
+        if args.rate is not None and args.concurrency is not None:
+            raise ConfigError("--rate and --concurrency exclude each other")
     elif args.rate is not None:
         raise ConfigError("--rate is for made-up requests; a trace's times are changed by --trace-time-scale")
     cost = CostModel(profile)

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sglang_adrenaline.errors import ConfigError
 from sglang_adrenaline.simulate.trace import Req
 
 
@@ -129,14 +128,6 @@ def _cells(r: Result) -> tuple[str, ...]:
         "-" if r.within_slo is None else f"{r.within_slo:.1%}", "-" if r.goodput_s is None else f"{r.goodput_s:,.2f}",
         f"{r.offloaded:.0%}", f"{r.exposed_ms_step:.2f}", f"{r.retractions}", f"{r.cpu_s:.1f}",
     )  # fmt: skip
-
-
-def require_matplotlib() -> None:
-    """Raises ConfigError where plots cannot be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("plots need matplotlib: pip install matplotlib") from None
 
 
 def plot(results: list[Result], samples: list[Samples], title: str) -> bytes:
