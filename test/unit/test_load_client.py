@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmark"))
+# Behind everything else: test/e2e has a module `compare`, too.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "e2e"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmark"))
 
 from load_client import Load, Record
 from workload import Workload, WorkloadError

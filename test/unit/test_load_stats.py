@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmark"))
+# Behind everything else: both folders have a module `compare`.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "e2e"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "gpu"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmark"))
 
 from compare_report import Report, Run, median_run
 from load_client import Record
