@@ -22,10 +22,13 @@ _setup_unpack() {
   fi
   if [[ -d .carry/more/aot ]]; then
     mkdir -p "$ADRENALINE_SITE/flashinfer/data/aot"
-    cp -rn .carry/more/aot/. "$ADRENALINE_SITE/flashinfer/data/aot/"
+    cp -r .carry/more/aot/. "$ADRENALINE_SITE/flashinfer/data/aot/"
   fi
   if [[ -d .carry/more/tvm-ffi ]]; then
-    mkdir -p "$ADRENALINE_SITE/.tvm-ffi" && cp -rn .carry/more/tvm-ffi/. "$ADRENALINE_SITE/.tvm-ffi/"
+    mkdir -p "$ADRENALINE_SITE/.tvm-ffi" && cp -r .carry/more/tvm-ffi/. "$ADRENALINE_SITE/.tvm-ffi/"
+  fi
+  if [[ -d .carry/kernels ]]; then # a later call on the same machine may carry something else
+    mkdir -p "$ADRENALINE_SITE/.kernels" && cp .carry/kernels/*.so "$ADRENALINE_SITE/.kernels/"
   fi
   if compgen -G '.carry-nixl/nixl*.whl' >/dev/null && [[ ! -e $ADRENALINE_SITE/.nixl ]]; then
     local wheel
@@ -79,7 +82,7 @@ _setup() {
   export PYTHONPATH="$PWD/python:$ADRENALINE_SITE"
   export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
   export SGLANG_PLUGINS=adrenaline TVM_FFI_CACHE_DIR="$ADRENALINE_SITE/.tvm-ffi"
-  [[ -d .carry/kernels ]] && export SGLANG_ADRENALINE_KERNELS="$PWD/.carry/kernels"
+  [[ -d $ADRENALINE_SITE/.kernels ]] && export SGLANG_ADRENALINE_KERNELS="$ADRENALINE_SITE/.kernels"
   _setup_check
 }
 
