@@ -47,6 +47,7 @@ peers = st.builds(
     round_trip_s=overheads,
     overhead_s=overheads,
     cache_reserve_tokens=st.integers(0, 20_000),
+    prefill_load=st.floats(0, 1.5),
 )
 fleets = st.dictionaries(st.sampled_from("abcd"), peers, min_size=1).filter(lambda fleet: "a" in fleet)
 states = st.builds(
@@ -218,6 +219,19 @@ def test_decide_prompt_longer_than_decode_memory_stays_remote_as_far_as_needed()
         policy.LoadState(), policy.Request(prompt_len=10_000), "a", decode, IDLE, policy.LoadSettings()
     )
     assert decision.reason is policy.Reason.TOO_LONG and 10_000 - decision.split <= 4_000
+
+
+@given(states, requests, decodes, fleets, settings, st.floats(0, 1))
+def test_decide_busier_prefill_never_offloads_more(state, request, decode, fleet, rules, more):
+    busier = msgspec.structs.replace(fleet["a"], prefill_load=fleet["a"].prefill_load + more)
+    assert split(state, request, decode, fleet | {"a": busier}, rules) <= split(state, request, decode, fleet, rules)
+
+
+def test_decide_prefill_with_all_its_time_needed_is_left_alone():
+    request, rules = policy.Request(prompt_len=900), policy.LoadSettings()
+    busy = {"a": msgspec.structs.replace(IDLE["a"], prefill_load=0.95)}
+    assert split(policy.LoadState(), request, BUSY, IDLE, rules) == 900
+    assert split(policy.LoadState(), request, BUSY, busy, rules) == 0
 
 
 def test_decide_pressure_comes_and_goes_with_hysteresis():

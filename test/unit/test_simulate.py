@@ -105,7 +105,8 @@ def test_fleet_any_load_finishes_every_request_and_leaves_nothing(lengths, offlo
         assert not instance.waiting
     for prefills_of, decodes_of in getattr(fleet, "groups", []):
         for prefill in prefills_of:
-            assert (prefill.pinned, prefill.attended, prefill.lanes_in_use, prefill.cache.pins) == (0, 0, 0, {})
+            assert (prefill.pinned, prefill.attended, prefill.kept, prefill.reading) == (0, 0, 0, 0)
+            assert (prefill.lanes_in_use, prefill.cache.pins) == (0, {})
         for decode in decodes_of:
             assert (decode.active, decode.coming_local, decode.local_prompts, decode.remote_rows) == (0, 0, 0, 0)
 
@@ -128,8 +129,8 @@ def test_fleet_whole_prompt_remote_is_not_transferred_and_read_by_the_executor()
     assert request.finish - request.first == pytest.approx(10 * COST.step_s(1, 1, [remote]))
 
 
-def throughput(offload, requests, **options):
-    fleet = fleet_of(offload, pool=110_893, reserve_tokens=512, **options)
+def throughput(offload, requests, pool=110_893):
+    fleet = fleet_of(offload, pool=pool, reserve_tokens=512)
     fleet.run(requests)
     return sum(r.output for r in requests) / max(r.finish for r in requests)
 
@@ -144,6 +145,14 @@ def test_policy_auto_is_near_the_best_fixed_ratio_and_far_above_stock():
     auto = run("auto")
     assert auto >= 0.97 * best
     assert auto >= 1.45 * run(None)
+
+
+def test_policy_auto_leaves_a_deployment_alone_that_prefill_bounds():
+    def run(offload):
+        return throughput(offload, trace.fixed_lengths(400, None, 4096, 256, 0), pool=400_000)
+
+    assert run("auto") >= 0.97 * run(None)
+    assert run(1.0) < 0.95 * run(None)
 
 
 def test_policy_feedback_lessens_what_a_slow_executor_costs():

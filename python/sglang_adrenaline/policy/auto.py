@@ -18,6 +18,10 @@ moving one token out of a full pool makes room for 1 / pool more of the batch, s
 
     1 / rate_i < fixed / pool
 
+C3, where executor and prefill share all SMs: the part of a step's time that the executor takes is missing to prefill,
+so it takes no more than keeps prefill's queue from growing, 1 - load / utilisation. Where prefill is what bounds a
+deployment nothing is offloaded.
+
 Whole prompts are preferred to split ones: a whole remote prompt needs no transfer, a local one no round trip.
 """
 
@@ -96,10 +100,12 @@ def decide_by_load(
     elif length < settings.min_tokens:
         decision = Decision(0, Reason.SHORT)
     else:
-        hidden = _hidden(state, request, target, decode, prefill, settings)
+        rate = _rate(state, target, peer)
+        spare = _spare(request, decode, rate, peer, settings)
+        hidden = min(_hidden(state, request, target, decode, prefill, settings), spare)
         if reused < 0.5:
             hidden *= 1.0 - settings.reuse_reserve * reuse
-        overflow = _overflow(state, decode, _rate(state, target, peer), peer, settings) if pressed else 0.0
+        overflow = min(_overflow(state, decode, rate, peer, settings), spare) if pressed else 0.0
         decision = _decide(request, hidden, overflow, decode, peer, settings)
     limited = state.limited + (decision.reason is Reason.LEVEL)
     return decision, LoadState(pressed, reuse, limited, state.rates, state.votes, state.step_scale)
@@ -115,12 +121,10 @@ def _decide(
     too_much = length + decode.growth_tokens - decode.pool_tokens
     if 0 < too_much <= all_of_it:
         return Decision(all_of_it, Reason.TOO_LONG)
-    if overflow > hidden and (split := _split(min(room, overflow), length, settings)):
-        return Decision(split, Reason.OVERFLOW)
-    if not _worth(request, decode, peer):
+    if overflow <= 0.0 and not _worth(request, decode, peer):
         return Decision(0, Reason.NOT_WORTH)
-    if split := _split(min(room, hidden), length, settings):
-        return Decision(split, Reason.HIDDEN)
+    if split := _split(min(room, max(hidden, overflow)), length, settings):
+        return Decision(split, Reason.HIDDEN if split <= hidden else Reason.OVERFLOW)
     return Decision(0, Reason.CAP if room <= hidden else Reason.LEVEL)
 
 
@@ -145,12 +149,26 @@ def _hidden(
             others = max(others, view.round_trip_s + view.attended_tokens / _rate(state, name, view))
     peer = prefill[target]
     rate = _rate(state, target, peer)
-    remote = peer.attended_tokens - (request.shared_tokens if settings.shared_read else 0)
+    remote = _read_after(request, peer, settings)
     fill = (others - peer.round_trip_s) * rate - remote
     local = decode.local_tokens if decode.expected_tokens is None else decode.expected_tokens
     local_s = (local + request.prompt_len) / decode.attention_rate
     balance = (local_s - peer.round_trip_s - remote / rate) / (1.0 / rate + 1.0 / decode.attention_rate)
     return max(fill, balance, 0.0)
+
+
+def _read_after(request: Request, peer: PrefillView, settings: LoadSettings) -> int:
+    """Tokens the executor reads in a step beside those of this request that it does not read anyway."""
+    return peer.attended_tokens - (request.shared_tokens if settings.shared_read else 0)
+
+
+def _spare(request: Request, decode: DecodeView, rate: float, peer: PrefillView, settings: LoadSettings) -> float:
+    """Tokens of this prompt that the executor can read in the time that prefill leaves it."""
+    if peer.prefill_load <= 0.0:
+        return math.inf
+    part = max(1.0 - peer.prefill_load / settings.prefill_utilisation, 0.0)
+    step_s = decode.linear_s + max(decode.local_tokens / decode.attention_rate, peer.attended_tokens / rate)
+    return part * step_s * rate - _read_after(request, peer, settings)
 
 
 def _rate(state: LoadState, name: str, peer: PrefillView) -> float:

@@ -62,6 +62,9 @@ class PrefillView(msgspec.Struct, frozen=True, kw_only=True):
     """Per step: what offloading costs even when it is wholly hidden (put and merge of every layer)."""
     cache_reserve_tokens: int = 0
     """Head-room left to prefill's own work and cache."""
+    prefill_load: float = 0.0
+    """Where executor and prefill share all SMs: prefill work that arrives per second, in seconds of the device alone.
+    0 where they do not (then `sm_share` has seen to it)."""
 
 
 class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +85,8 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the hidden room that is kept for requests with a reused prefix while all requests have one."""
     reuse_weight: float = 0.02
     """Weight of the newest request in the running share of reused prompt tokens."""
+    prefill_utilisation: float = 0.9
+    """Prefill may be kept busy up to this share of the time that executors leave it."""
     relief: float = 0.1
     """Memory pressure is over once a request fits with this share of the pool to spare."""
     wait_low: float = 0.01

@@ -7,6 +7,7 @@ only then does its prefill begin. When the pool runs full, the newest requests a
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,8 @@ class Decode:
         self.retracted = 0
         self.reasons: dict[str, int] = {}
         self.version = 0
+        self.now = 0.0
+        """Time of the newest decision."""
         self.outstanding = 0
         self.state: Any = policy.LoadState() if rules.offload == "auto" else policy.State()
         self._order: list[Req] = []
@@ -69,18 +72,20 @@ class Decode:
 
     def enqueue(self, request: Req) -> None:
         self.outstanding += 1
+        self.now = max(self.now, request.arrival)
         if self.rules.offload is None:
             request.split = 0
         elif self.rules.at_arrival:
             self._settle(request, *self._decide(request))
         self.waiting.append(request)
 
-    def admit(self, now: float) -> list[Req]:
-        """Requests whose prefill begins now, in order; retracted ones, first in the queue, join the batch at once.
+    def admit(self, now: float) -> Iterator[Req]:
+        """Requests whose prefill begins now, one by one, so that each decision sees what those before led to.
 
-        Retracted requests wait at boundaries only: `used` is short of what the run under way has added by `now`.
+        Retracted ones, first in the queue, join the batch at once; they are only there at boundaries. In between `used`
+        is short of what the run under way has added by `now`.
         """
-        begun: list[Req] = []
+        self.now = now
         grown = self.batch.rows * int((now - self.batch.time) / self.batch.step_s()) if self.batch.planned else 0
         while self.waiting:
             request = self.waiting[0]
@@ -99,8 +104,7 @@ class Decode:
             if request.produced:
                 self._join(request)
             else:
-                begun.append(request)
-        return begun
+                yield request
 
     def prefilled(self, request: Req, now: float) -> bool:
         """The KV that is to be here has come, with the first token; True if that was the last token as well."""
@@ -176,6 +180,7 @@ class Decode:
             attention_rate=peer.told_rate,
             round_trip_s=self.cost.round_trip_s(peer.lanes_in_use + 1),
             overhead_s=self.cost.overhead_s,
+            prefill_load=peer.load(self.now),
             cache_reserve_tokens=min(BATCH_TOKENS, peer.pool_tokens // 10),
         )
 
@@ -191,8 +196,7 @@ class Decode:
             batch.local -= tokens
             self.used -= tokens
             if request.split:
-                self.remote[request.prefill] -= request.split
-                self.remote_rows -= 1
+                self._reads(request, -1)
             self._release(request)
             request.produced = request.output
             request.finish = batch.time
@@ -211,8 +215,7 @@ class Decode:
         self.batch.add(request, tokens)
         self._order.append(request)
         if request.split:
-            self.remote[request.prefill] += request.split
-            self.remote_rows += 1
+            self._reads(request, 1)
 
     def _release(self, request: Req) -> None:
         self.outputs = self.outputs.add(request.output)
@@ -221,6 +224,12 @@ class Decode:
         self.outstanding -= 1
         if request.split:
             self.prefills[request.prefill].unpin(request, request.split, self.rules.settings.shared_read)
+
+    def _reads(self, request: Req, sign: int) -> None:
+        """The executor begins (1) or ceases (-1) to read this request's prefix."""
+        self.remote[request.prefill] += sign * request.split
+        self.prefills[request.prefill].reading += sign * request.split
+        self.remote_rows += sign
 
     def _retract(self) -> None:
         batch = self.batch
@@ -236,8 +245,7 @@ class Decode:
             self.local_prompts -= request.prompt - request.split
             self.active -= 1
             if request.split:
-                self.remote[request.prefill] -= request.split
-                self.remote_rows -= 1
+                self._reads(request, -1)
             self.retracted += 1
             self.waiting.appendleft(request)
 
@@ -252,7 +260,7 @@ class Decode:
             trip = self.cost.round_trip_s(self.remote_rows)
             for peer in self.prefills:
                 if self.remote[peer.index]:
-                    remote = max(remote, trip + peer.attended / peer.rate)
+                    remote = max(remote, trip + peer.read_tokens / peer.rate)
         if len(self._order) > 4 * batch.rows + 16:
             self._order = [request for request in self._order if request.stamp >= 0]
         end = batch.plan(max((self.pool - self.used) // batch.rows, 1), fixed, remote)
@@ -267,7 +275,7 @@ class Decode:
         steps = batch.steps_total - self._seen_steps
         if self.rules.offload != "auto" or steps < OBSERVE_STEPS or not self.remote_rows:
             return
-        slowest = max(self.prefills, key=lambda peer: peer.attended / peer.rate if self.remote[peer.index] else -1.0)
+        slowest = max(self.prefills, key=lambda peer: peer.read_tokens / peer.rate if self.remote[peer.index] else -1.0)
         step_s = (batch.busy_s - self._seen_busy) / steps
         self.state = policy.observe(
             self.state,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 from sglang_adrenaline.cost_model import WHOLE_DEVICE, CostModel
 from sglang_adrenaline.simulate.trace import BLOCK_TOKENS, Req
 
+LOAD_WINDOW_S = 10.0
+PATIENCE_S = 2.0
+"""A queue as long as this is a passing burst, not too much load."""
 BATCH_TOKENS = 8192
 """SGLang's chunk of prefill: prompts up to so many tokens share a batch."""
 
@@ -62,12 +66,18 @@ class Prefill:
         self.lanes_in_use = 0
         self.pinned = 0
         self.attended = 0
-        """Tokens that its executor reads in a step, for all decode instances."""
+        """Tokens that its executor will read in a step once all pinned requests decode, for all decode instances."""
+        self.kept = 0
+        """The same without regard to sharing."""
+        self.reading = 0
+        """Of `kept`, what belongs to requests that decode now."""
         self.step_s = 0.0
         """Of a decode instance that it last heard of."""
         self.free_at = 0.0
         self.busy_s = 0.0
         self._batch_tokens = BATCH_TOKENS
+        self._work_s = 0.0
+        self._work_at = 0.0
         figures = cost.share_figures(share) if share != WHOLE_DEVICE else None
         self.told_rate = figures.attention_bytes_s / cost.kv_token_bytes if figures else cost.attention_rate
         self.rate = self.told_rate * rate_error
@@ -84,6 +94,8 @@ class Prefill:
             service += self.cost.profile.prefill_fixed_s
             self._batch_tokens = 0
         self._batch_tokens += new
+        self._work_s = self._recent_work_s(now) + service
+        self._work_at = now
         service /= self._speed()
         start = max(now, self.free_at)
         self.free_at = start + service
@@ -93,14 +105,29 @@ class Prefill:
             self.cache.insert(request.blocks, self.pool_tokens - unshared)
         return self.free_at
 
+    def _recent_work_s(self, now: float) -> float:
+        return self._work_s * math.exp(min(self._work_at - now, 0.0) / LOAD_WINDOW_S)
+
+    def load(self, now: float) -> float:
+        """Work that came per second of late or waits for long, in seconds of the device alone; 0 with divided SMs."""
+        if self._factor is not None:
+            return 0.0
+        waiting_s = max(self.free_at - now - PATIENCE_S, 0.0) * self._speed()
+        return (self._recent_work_s(now) + waiting_s) / LOAD_WINDOW_S
+
+    @property
+    def read_tokens(self) -> float:
+        """What the executor reads in a step now; the running requests are taken to share as all do."""
+        return self.reading * self.attended / self.kept if self.kept else 0.0
+
     def _speed(self) -> float:
         """Of prefill beside the executor, as share of what it reaches alone."""
-        if not self.attended:
+        if not self.reading:
             return 1.0
         if self._factor is not None:
             return self._factor
         # No partition: the executor's kernels come first and take their time from prefill.
-        duty = self.attended / self.rate / self.step_s if self.step_s else 0.0
+        duty = self.read_tokens / self.rate / self.step_s if self.step_s else 0.0
         return max(1.0 - duty, 0.1)
 
     def pin(self, request: Req, tokens: int, shared_read: bool) -> None:
@@ -115,6 +142,7 @@ class Prefill:
         new = fresh * BLOCK_TOKENS + request.room
         self.pinned += new
         self.attended += new if shared_read else tokens
+        self.kept += tokens
         self.lanes_in_use += 1
 
     def unpin(self, request: Req, tokens: int, shared_read: bool) -> None:
@@ -127,4 +155,5 @@ class Prefill:
         freed = gone * BLOCK_TOKENS + request.room
         self.pinned -= freed
         self.attended -= freed if shared_read else tokens
+        self.kept -= tokens
         self.lanes_in_use -= 1
