@@ -65,7 +65,7 @@ def reference(tiny_model, logs) -> Reference:
     """What a single stock server and a stock PD pair answer to all cases, one request at a time."""
     single, pair = servers.stock_single(tiny_model, logs), servers.stock_pd(tiny_model, logs)
     both = Group(single.servers | pair.servers, front="router")
-    with _watched(both):
+    with watched(both):
         both.start()
         known = {case.name: case for case in all_cases()}
         alone = _ask(single.url, known.values())
@@ -83,7 +83,7 @@ def deployment(tiny_model, logs, request) -> Iterator[Group]:
         request.getfixturevalue("reference")
     args = (*servers.SMALL_SERVER_ARGS, "--tool-call-parser", TOOL_CALL_PARSER)
     group = servers.adrenaline(tiny_model, logs, args=args, prefill_args=("--chunked-prefill-size", SMALL_CHUNK))
-    with _watched(group):
+    with watched(group):
         yield group.start()
 
 
@@ -102,7 +102,7 @@ def demo_reference(logs) -> list[str]:
     from sglang_adrenaline.demo_model import ensure_demo_model
 
     group = servers.stock_single(ensure_demo_model(), logs, args=DEMO_ARGS, name="stock-demo")
-    with _watched(group):
+    with watched(group):
         group.start()
         return [_chat(group.url, text) for text in DEMO_CHATS]
 
@@ -111,7 +111,7 @@ def demo_reference(logs) -> list[str]:
 def demo(demo_reference, logs) -> Iterator[Group]:
     """What a user gets: the launcher without a model path."""
     group = servers.launcher(None, logs, args=DEMO_ARGS)
-    with _watched(group):
+    with watched(group):
         yield group.start()
 
 
@@ -127,7 +127,7 @@ def _chat(url: str, text: str) -> str:
     return str(reply.json()["choices"][0]["message"]["content"])
 
 
-class _watched:  # noqa: N801 - used as a keyword would be
+class watched:  # noqa: N801 - used as a keyword would be
     """Stops the group at the end; failing tests in between show its logs."""
 
     def __init__(self, group: Group) -> None:

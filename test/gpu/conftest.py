@@ -16,8 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
+from bf16_model import VARIANTS, build_bf16_model
 from gpu_fleet import Fleet, started
-from gpu_model import VARIANTS, build_gpu_model
 from gpu_servers import Gpus
 
 HERE = Path(__file__).parent
@@ -57,7 +57,7 @@ def fleets(tmp_path_factory, request) -> Iterator[dict[str, Fleet]]:
     made = {}
     for variant in (variant for variant in VARIANTS if variant.name in needed):
         folder = tmp_path_factory.mktemp(f"gpu-{variant.name}")
-        made[variant.name] = Fleet.make(build_gpu_model(folder / "model", variant), folder, gpus)
+        made[variant.name] = Fleet.make(build_bf16_model(folder / "model", variant), folder, gpus)
     with started(list(made.values())):
         yield made
 

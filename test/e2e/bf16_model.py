@@ -1,9 +1,9 @@
-"""The models of the GPU tests: random Llamas in bfloat16 with head size 64, made on the spot.
+"""The models of the tests in bfloat16, CPU and GPU: random Llamas with head size 64, made on the spot.
 
 bfloat16 rounds to 8 bits, and two correct servers need not round alike: another batch, another split of the sum. So the
 weights are scaled for answers that such noise changes rarely and a wrong prefix changes surely: attention that looks at
 many tokens rather than at one, and only `LOUD_TOKENS` tokens that are ever the best, which lie well apart.
-`python test/gpu/gpu_model.py FOLDER` shows, on a CPU, what rounding does to such a model, and what a lost prefix does.
+`python test/e2e/bf16_model.py FOLDER` shows, on a CPU, what rounding does to such a model, and what a lost prefix does.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
 
 from tiny_model import CONTEXT_LENGTH, SPECIAL, VOCAB_SIZE, build_tiny_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -40,7 +38,7 @@ class Variant:
 VARIANTS = (Variant("gqa", 2, 0), Variant("mha", NUM_HEADS, 1))
 
 
-def build_gpu_model(folder: Path, variant: Variant) -> Path:
+def build_bf16_model(folder: Path, variant: Variant) -> Path:
     """Write configuration, bfloat16 weights and tokenizer to `folder`, which is returned."""
     build_tiny_model(folder)  # for its tokenizer; configuration and weights are written over
     make_model(variant).save_pretrained(folder, safe_serialization=True)
@@ -124,5 +122,5 @@ def _report(variant: Variant) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for one in VARIANTS:
-        build_gpu_model(Path(sys.argv[1]) / one.name, one)
+        build_bf16_model(Path(sys.argv[1]) / one.name, one)
         _report(one)
