@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from tiny_model import CONTEXT_LENGTH, SPECIAL, VOCAB_SIZE, build_tiny_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
