@@ -97,7 +97,7 @@ def plot(profile: Profile) -> bytes:
     shares.plot(parts, [point.prefill_factor for point in profile.shares], "s-", label="prefill beside it")
     shares.set_xlabel("executor's share of the device")
     shares.set_ylabel("speed, share of the whole device's")
-    shares.set_ylim(0, 1.1)
+    shares.set_ylim(bottom=0)
     shares.legend(fontsize=8)
     trips.plot([p.rows for p in profile.round_trip], [p.seconds * 1e6 for p in profile.round_trip], "o-")
     trips.set_xlabel("offloaded rows")
