@@ -1,7 +1,7 @@
 """The systems that are compared, as server groups on the same GPUs: stock DP2, stock PD, Adrenaline.
 
 Named on the command line as `dp2`, `pd`, `pd:nixl`, `pd:local`, `pd:mooncake`, `adrenaline:0.7`, `adrenaline:0.7:nixl`
-(offload ratio, then transfer backend).
+(offload ratio, then transfer backend), `adrenaline:0.7:sms=48` (SMs that are the executor's alone).
 """
 
 from __future__ import annotations
@@ -31,22 +31,26 @@ class System:
     kind: str
     transfer: str | None = None
     ratio: float | None = None
+    executor_sms: int | None = None
 
     @staticmethod
     def parse(text: str) -> System:
         """Raises ValueError."""
         kind, *rest = text.split(":")
         transfer = rest.pop() if rest and rest[-1] in TRANSFERS else None
+        sms = rest.pop().removeprefix("sms=") if rest and rest[-1].startswith("sms=") else None
         try:
+            if kind == "adrenaline" and len(rest) == 1 and 0 <= float(rest[0]) <= 1:
+                return System(text, kind, transfer, float(rest[0]), None if sms is None else int(sms))
+            if sms is not None:
+                raise ValueError
             if kind == "dp2" and not rest and transfer is None:
                 return System(text, kind)
             if kind == "pd" and not rest:
                 return System(text, kind, transfer)
-            if kind == "adrenaline" and len(rest) == 1 and 0 <= float(rest[0]) <= 1:
-                return System(text, kind, transfer, float(rest[0]))
         except ValueError:
             pass
-        raise ValueError(f"{text!r} is none of dp2, pd[:TRANSFER], adrenaline:RATIO[:TRANSFER]")
+        raise ValueError(f"{text!r} is none of dp2, pd[:TRANSFER], adrenaline:RATIO[:sms=N][:TRANSFER]")
 
 
 @dataclass
@@ -88,6 +92,8 @@ def deploy(system: System, model: str, logs: Path, gpus: Gpus, args: Sequence[st
         deployment = Deployment([pair], [pair.url], watched)
     else:
         flags = [*common, "--adrenaline-offload-ratio", str(system.ratio)]
+        if system.executor_sms is not None:
+            flags += ["--adrenaline-executor-sms", str(system.executor_sms)]
         if system.transfer is not None:
             flags += ["--disaggregation-transfer-backend", system.transfer]
         flags += ["--prefill-args", shlex.join(gpus.args(0)), "--decode-args", shlex.join(gpus.args(1))]
