@@ -241,15 +241,19 @@ def running_requests(scheduler: Scheduler) -> Sequence[Req]:
     return scheduler.running_batch.reqs
 
 
-def waits_for_peer(scheduler: Scheduler) -> bool:
-    """Whether the scheduler has requests but none that it could compute something for now."""
+def has_nothing_to_run(scheduler: Scheduler) -> bool:
+    """Whether there is no request that the scheduler could compute something for now."""
     return (
         scheduler.running_batch.is_empty()
         and not scheduler.waiting_queue
         and scheduler.chunked_req is None
         and scheduler.last_batch is None
-        and not scheduler.is_fully_idle()
     )
+
+
+def waits_for_peer(scheduler: Scheduler) -> bool:
+    """Whether the scheduler has requests, but nothing to run."""
+    return has_nothing_to_run(scheduler) and not scheduler.is_fully_idle()
 
 
 def device(scheduler: Scheduler) -> torch.device:

@@ -24,6 +24,7 @@ TRANSFER_ENV = "SGLANG_ADRENALINE_TRANSFER"
 """`local` makes the transfer backend of that name known to a server that has no other part of the extension."""
 METRICS_INTERVAL_S = 1.0
 NAP_S = 0.001
+GPU_NAP_S = 5e-5
 
 
 def register() -> None:
@@ -141,9 +142,15 @@ class SchedulerHandlers:
         result.internal_state["adrenaline"] = self._runtime.status()
 
     def rest(self, scheduler: Any) -> None:
-        """On a CPU, a spinning loop would take from the other server the core on which it computes what we await."""
-        if compat.is_cpu(scheduler) and compat.waits_for_peer(scheduler):
-            time.sleep(NAP_S)
+        """Do not spin where the core, or the interpreter's lock, is needed for something that is awaited.
+
+        On a CPU the other server computes it on the same cores. On a GPU the executor's thread launches it.
+        """
+        if compat.is_cpu(scheduler):
+            if compat.waits_for_peer(scheduler):
+                time.sleep(NAP_S)
+        elif self._role == "prefill" and self._runtime.serves_decode and compat.has_nothing_to_run(scheduler):
+            time.sleep(GPU_NAP_S)
 
     def publish(self) -> None:
         """Metrics, now and then; called once a scheduler loop."""

@@ -120,7 +120,7 @@ class DecodeGraph:
             self.lanes.fill_(-1)
             self.rows[:offloaded] = torch.randperm(BATCH, device="cuda")[:offloaded].int()
             self.lanes[:offloaded] = torch.randperm(self.shape.lanes, device="cuda")[:offloaded].int()
-            end.begin_step()
+            end.begin_step(self.lanes[:offloaded].tolist())
             self.graph.replay()
 
     def check(self) -> None:

@@ -89,7 +89,7 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
         for part in plan.parts:
             link = self._runtime.link(part.link)
             try:
-                link.channel.begin_step(None)
+                link.channel.begin_step(part.lanes)
             except PeerLostError as error:
                 self._runtime.step_failed(link, str(error))
                 continue

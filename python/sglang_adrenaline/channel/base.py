@@ -101,10 +101,9 @@ class DecodeEnd(Protocol):
     steps: int
     """Number of the newest step, 0 before the first."""
 
-    def begin_step(self, lanes: Sequence[int] | None) -> int:
+    def begin_step(self, lanes: Sequence[int]) -> int:
         """Publish the lanes of the step's offloaded rows (distinct, at least one) and return the step's number.
 
-        None, with channels of GPUs alone: any lane may be among them, kernels read the lanes from device memory.
         Gives up an unfinished step. Raises ValueError on a bad lane, PeerLostError once the channel is aborted.
         """
 

@@ -6,8 +6,8 @@ decode's, first index the layer's parity; a flag is at the start of either. Noth
 
 There are two ways to use an end. The methods of `base` work with any caller, a launch each. A caller that replays CUDA
 graphs captures `kernels.put_queries`, `wait_and_merge_`, `wait_step`, `wait_layer` and `put_answers` over
-`end.endpoint.words`, and around a replay calls only `begin_step()` (decode) or `launching()` (executor). Either way
-every step that was begun on decode must send its layer 0, or the channel be aborted: both GPUs count steps themselves.
+`end.endpoint.words`, and around a replay calls only `begin_step(lanes)` (decode) or `launching()` (executor). In both
+every step begun on decode must send its layer 0, or the channel be aborted: both GPUs count steps themselves.
 
 What fails on the device, fails there silently: rows stay unmerged, later kernels do nothing. `failure` tells, and is
 right for a step once the host has seen that step's work complete.
@@ -118,8 +118,8 @@ class IpcDecodeEnd(IpcEnd):
         full = (2, shape.lanes, shape.num_qo_heads)
         self._o: torch.Tensor | None = own.tensor(FLAG_BYTES, self._dtype, (*full, shape.v_head_dim))
         self._lse: torch.Tensor | None = own.tensor(FLAG_BYTES + o_bytes(shape), torch.float32, full)
-        self._all_lanes = tuple(range(shape.lanes))
         self._lanes: tuple[int, ...] = ()
+        self._table_is_old = False
         self._lane_table = torch.zeros(shape.lanes, dtype=torch.int32, device=own.device)
         self._rows = torch.arange(shape.lanes, dtype=torch.int32, device=own.device)
         torch.cuda.current_stream(own.device).synchronize()  # the tables are used on other streams
@@ -136,16 +136,14 @@ class IpcDecodeEnd(IpcEnd):
             "own_lse": own + FLAG_BYTES + o_bytes(shape),
         }
 
-    def begin_step(self, lanes: Sequence[int] | None = None) -> int:
-        """As in `base`; None = the lanes are in tensors that the step's kernels read, any lane may be among them."""
+    def begin_step(self, lanes: Sequence[int]) -> int:
         self.bind()
-        lanes = self._all_lanes if lanes is None else tuple(lanes)
-        if lanes is not self._all_lanes and (lanes != self._lanes or not lanes):
+        lanes = tuple(lanes)
+        if lanes != self._lanes:
             if not lanes or min(lanes) < 0 or max(lanes) >= self.shape.lanes or len(set(lanes)) != len(lanes):
                 raise ValueError(f"lanes must be distinct, in 0..{self.shape.lanes - 1}, at least one, not {lanes}")
-            pinned = torch.tensor(lanes, dtype=torch.int32).pin_memory()
-            self._lane_table[: len(lanes)].copy_(pinned, non_blocking=True)
             self._lanes = lanes
+            self._table_is_old = True
         self.steps += 1
         self._segment.announce(self.steps, lanes)
         return self.steps
@@ -156,6 +154,10 @@ class IpcDecodeEnd(IpcEnd):
         if tuple(q.shape) != expected or q.dtype != self._dtype:
             raise ValueError(f"q must be {expected} {self._dtype}, not {tuple(q.shape)} {q.dtype}")
         self.check()
+        if self._table_is_old:  # users of graphs have a table of their own
+            pinned = torch.tensor(self._lanes, dtype=torch.int32).pin_memory()
+            self._lane_table[:rows].copy_(pinned, non_blocking=True)
+            self._table_is_old = False
         kernels.put_queries(self.endpoint.words, q.contiguous(), self._rows[:rows], self._lane_table[:rows], layer)
 
     def recv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,6 +250,10 @@ class IpcExecutorEnd(IpcEnd):
         """Call before each launch of a graph that begins with `kernels.wait_step`. Raises PeerLostError."""
         self.check()
         self._launches += 1
+
+    def since_announced_s(self, step: int) -> float:
+        """Seconds since decode's host announced the step, for which `step_announced` has returned."""
+        return self._segment.since_announced_s(step)
 
     def cancel_launches(self) -> None:
         """Let launches so far that still wait for a step end without one; those that have one are not touched.

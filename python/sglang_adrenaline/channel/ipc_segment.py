@@ -12,7 +12,7 @@ Created by prefill and opened by decode through /proc/PID/fd/FD, as in `segment.
     904     u64          DECODE_UNMAPPED: the same, the other way round
     1024    u32 u32 248  decode's abort word, length and text of the reason        decode, once
     1280    u32 u32 248  executor's abort word, ...                                executor, once
-    4096    RING entries of step u64, rows u64, i32[lanes], each aligned to 64     decode
+    4096    RING entries of step u64, rows u64, time u64, i32[lanes], aligned to 64 decode
 
 An announcement is written as step 0, rows and lanes, then the step, then BELL; its reader takes it only if the step
 is the one it looks for before and after. x86-64 keeps that order; elsewhere `futex.make_fence` is between.
@@ -27,6 +27,7 @@ import os
 import secrets
 import select
 import struct
+import time
 
 from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec
 from sglang_adrenaline.channel.futex import Futex, make_fence
@@ -44,6 +45,7 @@ _MAGIC = b"ADRIPC\x00\x01"
 _HEADER = struct.Struct("=8sI16s5I16s")
 _VERSION = 1
 _DECODE_PID, _BELL = 512, 768
+_ENTRY_HEAD = 24
 _RING_AT = 4096
 _ABORT_TEXT = 248
 _MASK = 0xFFFFFFFF
@@ -76,7 +78,9 @@ class IpcSegment:
         self._u64[at // 8] = 0
         self._fence()
         self._u64[at // 8 + 1] = len(lanes)
-        memoryview(self._mapping)[at + 16 : at + 16 + 4 * len(lanes)].cast("i")[:] = _int32(lanes)
+        self._u64[at // 8 + 2] = time.monotonic_ns()
+        lanes_at = at + _ENTRY_HEAD
+        memoryview(self._mapping)[lanes_at : lanes_at + 4 * len(lanes)].cast("i")[:] = _int32(lanes)
         self._fence()
         self._u64[at // 8] = step
         self._fence()
@@ -91,11 +95,16 @@ class IpcSegment:
             return None
         self._fence()
         rows = min(self._u64[at // 8 + 1], self.shape.lanes)
-        lanes = tuple(memoryview(self._mapping)[at + 16 : at + 16 + 4 * rows].cast("i"))
+        lanes_at = at + _ENTRY_HEAD
+        lanes = tuple(memoryview(self._mapping)[lanes_at : lanes_at + 4 * rows].cast("i"))
         self._fence()
         if found != step or self._u64[at // 8] != step:
             raise ChannelError(f"decode is more than {RING} steps ahead of the executor, which looks for step {step}")
         return lanes
+
+    def since_announced_s(self, step: int) -> float:
+        """Seconds since decode's host announced the step, which was found to be announced."""
+        return (time.monotonic_ns() - self._u64[self._entry(step) // 8 + 2]) * 1e-9
 
     def wait_bell(self, step: int, timeout_s: float) -> None:
         """Sleep until a step from `step` on may have been announced, or the end is woken."""
@@ -202,7 +211,7 @@ def _header(shape: ChannelShape, token: str) -> bytes:
 
 
 def _entry_bytes(shape: ChannelShape) -> int:
-    return -(-(16 + 4 * shape.lanes) // 64) * 64
+    return -(-(_ENTRY_HEAD + 4 * shape.lanes) // 64) * 64
 
 
 def _total_bytes(shape: ChannelShape) -> int:

@@ -133,9 +133,7 @@ class ShmDecodeEnd(_End):
         self._sent = -1
         self._open = False
 
-    def begin_step(self, lanes: Sequence[int] | None) -> int:
-        if lanes is None:
-            raise ValueError("channel shm needs the lanes of a step")
+    def begin_step(self, lanes: Sequence[int]) -> int:
         segment = self._live()
         lanes = tuple(lanes)
         changed = lanes != self._lanes

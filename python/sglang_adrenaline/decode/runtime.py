@@ -33,6 +33,9 @@ CONNECT_WAIT_S = 2.0
 FORCED_CONNECT_WAIT_S = 10.0
 """The same for a request that names its split."""
 OFFER_WAIT_S = 5.0
+MAX_UNPLACED = 32
+"""Offers that may be out for requests without a row in decode's pool. Prefill keeps room for an accepted prompt, so
+those that would wait long for decode's memory are offered when their turn comes, not when they arrive."""
 MAX_PEERS = 64
 READY_WAIT_S = 10.0
 """Between the arrival of the transfer and the word that the prefix is pinned."""
@@ -62,6 +65,8 @@ class DecodeRuntime:
         self._new_index = LinkIndex()
         self._offloads: dict[int, Offload] = {}
         """By room; every one that is not over."""
+        self._unplaced: set[int] = set()
+        """Rooms that were offered and have no row yet."""
 
     # ---- start ------------------------------------------------------------------------------------------------------
 
@@ -180,7 +185,8 @@ class DecodeRuntime:
         if offload.state is OffloadState.CONNECTING:
             peer = self._peers[offload.address]
             if peer.link is not None:
-                self._offer(offload, peer.link)
+                if len(self._unplaced) < MAX_UNPLACED:
+                    self._offer(offload, peer.link)
             elif peer.refused:
                 self._stay_local(offload, OffloadState.CONNECTING, "refused")
             elif now > (offload.created_at + FORCED_CONNECT_WAIT_S if offload.forced else peer.since + CONNECT_WAIT_S):
@@ -195,6 +201,7 @@ class DecodeRuntime:
         offload.created_at = time.monotonic()
         offload.move(OffloadState.CONNECTING, OffloadState.OFFERED)
         self._links[link.index] = link
+        self._unplaced.add(offload.room)
         link.send(
             messages.Offer(
                 room=offload.room,
@@ -208,6 +215,7 @@ class DecodeRuntime:
         """False if an answer came at the last moment."""
         if not offload.move(expected, OffloadState.LOCAL):
             return False
+        self._unplaced.discard(offload.room)
         self.nacks[reason] += 1
         return True
 
@@ -225,6 +233,7 @@ class DecodeRuntime:
             return
         link = offload.link
         assert link is not None
+        self._unplaced.discard(offload.room)
         offload.retracting = False  # if it was retracted, it is back
         # The lane is known at READY at the latest, before the request joins a batch.
         self.table.set(compat.rid(req), length=offload.remote_prefix_len, link=link.index, lane=max(offload.lane, 0))
@@ -258,6 +267,7 @@ class DecodeRuntime:
         if self._offloads.get(offload.room) is not offload:
             return
         del self._offloads[offload.room]
+        self._unplaced.discard(offload.room)
         if offload.link is not None and offload.state is not OffloadState.LOCAL:
             offload.link.send(messages.End(room=offload.room, last_step=offload.link.channel.steps))
         if offload.state is OffloadState.FAILED:
@@ -278,6 +288,7 @@ class DecodeRuntime:
         for offload in list(self._offloads.values()):
             if offload.state is OffloadState.LOCAL:  # refused; stock behaviour from here on
                 self.local_total += 1
+                self._unplaced.discard(offload.room)
                 del self._offloads[offload.room]
             elif offload.state is OffloadState.FAILED:
                 self._fail_now(offload)

@@ -49,6 +49,10 @@ class AttentionExecutor(Protocol):
     def plans(self) -> int:
         """How often work was planned."""
 
+    @property
+    def launch_lag_s(self) -> float:
+        """Mean time from decode's announcement of a step to the launch of its work; 0 where nothing is launched."""
+
     def stop(self, reason: str) -> None:
         """End the executor; when this returns no KV is read any more."""
 
@@ -88,6 +92,10 @@ class ThreadExecutor:
     @property
     def plans(self) -> int:
         return self._plans
+
+    @property
+    def launch_lag_s(self) -> float:
+        return 0.0
 
     def stop(self, reason: str) -> None:
         self._stopping = True

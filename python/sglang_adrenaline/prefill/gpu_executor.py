@@ -2,11 +2,12 @@
 
 Runs in a thread of the prefill scheduler's process, on a stream of its own, and reads the KV pool in place. For each
 bucket of lanes one graph holds all layers of a step: wait for q, attend, put the answer. The thread plans only when
-lanes came or went since the last step; otherwise a step costs it one wait and one launch.
+a step names other lanes than the last one, or a lane has other slots; otherwise a step costs one wait and one launch.
+Prefixes of requests that are not in the step, because they wait for decode or were retracted, are not read.
 
-Order that matters: a lane is attached before decode hears of it (READY), and the thread looks at the lanes after the
-announcement of a step, so no step is launched without a lane that it names. A lane may be detached while a launched
-step still reads its slots: nobody takes that answer, and the pool's memory outlives the executor.
+Order that matters: a lane is attached before decode hears of it (READY), so no step names a lane that is not there,
+but one whose request has ended. Nobody takes that answer, nor that of a lane which is detached while a launched step
+still reads its slots; the pool's memory outlives the executor.
 """
 
 from __future__ import annotations
@@ -112,6 +113,8 @@ class GpuExecutor:
         """After these the slots that came since the last plan are there."""
         self._changed = True
         self._plans = 0
+        self._launches = 0
+        self._launch_lag_s = 0.0
         self._stopping = False
         self._drained = True
         self._stream: torch.cuda.Stream | None = None
@@ -198,24 +201,33 @@ class GpuExecutor:
             while not self._end.connect(POLL_S):
                 if self._stopping:
                     return
-            bucket = self._plan()
-            step = 0
+            bucket, step = 0, 0
+            planned: frozenset[int] = frozenset()
             while not self._stopping:
-                if self._end.step_announced(step + 1, POLL_S) is None:
+                lanes = self._end.step_announced(step + 1, POLL_S)
+                if lanes is None:
                     continue
                 step += 1
-                if self._changed:
-                    bucket = self._plan()
+                if self._changed or planned != frozenset(lanes):
+                    planned = frozenset(lanes)
+                    bucket = self._plan(planned)
                 self._end.launching()
                 self._graphs.launch(bucket)
+                self._launch_lag_s += self._end.since_announced_s(step)
+                self._launches = step
 
-    def _plan(self) -> int:
-        """For the lanes as they are now; returns the bucket."""
+    @property
+    def launch_lag_s(self) -> float:
+        """Mean time from the announcement of a step by decode's host to its launch here, plans included."""
+        return self._launch_lag_s / self._launches if self._launches else 0.0
+
+    def _plan(self, lanes: frozenset[int]) -> int:
+        """For the lanes of a step, with the slots that they have now; returns the bucket."""
         assert self._graphs is not None and self._stream is not None
         with self._lock:
             self._changed = False
-            slots, arriving = dict(self._slots), self._arriving
-            self._arriving = []
+            slots = {lane: self._slots[lane] for lane in lanes if lane in self._slots}
+            arriving, self._arriving = self._arriving, []
         for ready in arriving:
             self._stream.wait_event(ready)
         total = sum(tensor.numel() for tensor in slots.values()) + self._end.shape.lanes

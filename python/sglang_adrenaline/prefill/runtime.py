@@ -314,6 +314,11 @@ class PrefillRuntime:
             steps=session.executor.steps_done,
         )
 
+    @property
+    def serves_decode(self) -> bool:
+        """Whether an executor may have something to do."""
+        return bool(self._sessions)
+
     def holds_pins(self) -> str:
         """What stands in the way of clearing the pool, for the user; empty if nothing does."""
         self.pump()
@@ -361,6 +366,7 @@ class PrefillRuntime:
             "lanes_in_use": counts.lanes_in_use,
             "steps": self._steps_gone + sum(executor.steps_done for executor in executors),
             "plans": self._plans_gone + sum(executor.plans for executor in executors),
+            "launch_lag_us": round(1e6 * max((executor.launch_lag_s for executor in executors), default=0.0), 1),
             "totals": {"offloaded": self.offloaded_total, "unpinned": self.unpinned_total},
             "offloaded_total": self.offloaded_total,
             "nacks": dict(self.pins.nacks),
