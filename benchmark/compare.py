@@ -165,6 +165,9 @@ class Comparison:
         if steps:
             wait_ms = after["exposed_wait_ms_total"] - before["exposed_wait_ms_total"]
             run.exposed_wait_us_per_layer = 1e3 * wait_ms / steps / int(self.config["num_hidden_layers"])
+            run.launch_lag_us = after["executor"].get("launch_lag_us")
+            run.plans_per_step = (after["executor"]["plans"] - before["executor"]["plans"]) / steps
+            say(f"launch lag {run.launch_lag_us} us, {run.plans_per_step:.2f} plans a step, {steps} steps")
 
     def save(self) -> None:
         self.report.write(self.args.out / "compare.json")
@@ -172,11 +175,11 @@ class Comparison:
 
 
 def _status(deployment: Deployment) -> dict:
-    """Of our decode server; empty for stock systems and where it does not answer."""
+    """Of our decode server, the prefill server's under `executor`; empty for stock systems and without an answer."""
     if deployment.decode is None:
         return {}
     try:
-        return deployment.decode.status("decode")
+        return deployment.decode.status("decode") | {"executor": deployment.decode.status("prefill")}
     except OSError:
         return {}
 

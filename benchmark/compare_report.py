@@ -46,6 +46,9 @@ class Run:
     offloaded: int | None = None
     requests: int | None = None
     exposed_wait_us_per_layer: float | None = None
+    launch_lag_us: float | None = None
+    """Mean of all steps so far: from decode's announcement of a step to the executor's launch."""
+    plans_per_step: float | None = None
     left_over: list[str] = field(default_factory=list)
     """What was still held for offloaded requests after all had ended."""
 

@@ -37,7 +37,7 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     lanes: int | None = None
     """Offloaded requests that one decode instance can have on one prefill instance at a time; None: `lanes_for`."""
     executor_sms: int | Literal["auto"] = "auto"
-    """SMs of the prefill GPU that only the executor uses; 0: it shares all of them, ahead of prefill. auto: 0."""
+    """SMs of the prefill GPU that prefill leaves to the executor; 0: prefill uses all of them. auto: 0."""
     key_file: str | None = None
     """File with the shared secret of the deployment; None disables offloading to other processes' servers."""
     control_port_offset: int = 1000
@@ -157,8 +157,8 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         type=_sms,
         default="auto",
         metavar="N",
-        help="SMs of the prefill GPU that only the attention executor uses, rounded up to what the GPU can set apart; "
-        "0: no split, the executor's kernels go ahead of prefill's on all SMs (default auto: 0 for now)",
+        help="SMs of the prefill GPU that prefill leaves to the attention executor, rounded up to what the GPU can set "
+        "apart; the executor uses the others, too, while they are idle; 0: prefill uses all (default auto: 0 for now)",
     )
     group.add_argument(
         "--adrenaline-key-file",

@@ -83,9 +83,9 @@ class PrefillRuntime:
 
         self.partition = SmPartition(device, self.config.partition_sms)
         logger.info(
-            "SMs: %d for the attention executor, %d for prefill",
-            self.partition.executor_sms,
+            "prefill runs on %d SMs and leaves %d to the attention executor",
             self.partition.prefill_sms,
+            self.partition.executor_sms,
         )
         return self.partition.prefill_stream()
 
@@ -180,7 +180,8 @@ class PrefillRuntime:
             return ThreadExecutor(end, self._layers, name, on_failure)
         from sglang_adrenaline.prefill.gpu_executor import GpuExecutor
 
-        return GpuExecutor(end, self._layers, name, on_failure, partition=self.partition)
+        # Also where prefill leaves SMs to it, the executor's stream is not confined to them: it takes what is idle.
+        return GpuExecutor(end, self._layers, name, on_failure)
 
     def _refusal(self, hello: messages.Hello) -> str | None:
         if hello.sglang_version != version("sglang"):
