@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -326,3 +328,12 @@ def test_choose_prefers_few_in_flight_and_avoids_a_refusing_server():
         second.refused()
         assert {pool.choose().url for _ in range(4)} == {"http://a"}
     assert first.in_flight == 0
+
+
+def test_file_limit_is_raised_as_far_as_it_may():
+    code = (
+        "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (256, 4096)); "
+        "from sglang_adrenaline.router.__main__ import raise_file_limit as f; f(); print(r.getrlimit(r.RLIMIT_NOFILE))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "(4096, 4096)", run

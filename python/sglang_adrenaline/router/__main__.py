@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import resource
 import sys
 
 from aiohttp import web
@@ -13,6 +14,10 @@ from sglang_adrenaline.launcher.ports import check_free, port_number
 from sglang_adrenaline.launcher.processes import ERROR_PREFIX, die_with_launcher
 from sglang_adrenaline.router.app import Settings, create_app
 from sglang_adrenaline.router.servers import Server
+
+
+_MOST_FILES = 1 << 16
+"""A request takes three connections; a usual soft limit of 1,024 files would end at 340 of them."""
 
 
 def parse(argv: list[str]) -> tuple[str, int, Settings]:
@@ -46,6 +51,14 @@ def parse(argv: list[str]) -> tuple[str, int, Settings]:
     return args.host, args.port, Settings(prefill, decode, args.request_timeout)
 
 
+def raise_file_limit() -> None:
+    """As far as the hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(_MOST_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def main(argv: list[str]) -> int:
     die_with_launcher()
     try:
@@ -53,6 +66,7 @@ def main(argv: list[str]) -> int:
     except AdrenalineError as error:
         print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
         return 1
+    raise_file_limit()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     # handler_cancellation: a client that leaves cancels its handler, which closes the connections to both servers.
     web.run_app(
