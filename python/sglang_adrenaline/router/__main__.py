@@ -15,7 +15,6 @@ from sglang_adrenaline.launcher.processes import ERROR_PREFIX, die_with_launcher
 from sglang_adrenaline.router.app import Settings, create_app
 from sglang_adrenaline.router.servers import Server
 
-
 _MOST_FILES = 1 << 16
 """A request takes three connections; a usual soft limit of 1,024 files would end at 340 of them."""
 
