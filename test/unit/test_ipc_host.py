@@ -78,7 +78,7 @@ def test_open_foreign_segment_is_refused():
     _prefill, spec = seg.create(SHAPE)
     with pytest.raises(ChannelError, match="another channel"):
         seg.open_(msgspec.structs.replace(spec, token="0" * 32))
-    with pytest.raises(ChannelError, match="bytes, expected"):
+    with pytest.raises(ChannelError, match="bytes, a channel"):
         seg.open_(msgspec.structs.replace(spec, shape=msgspec.structs.replace(SHAPE, lanes=4000)))
 
 

@@ -21,18 +21,17 @@ is the one it looks for before and after. x86-64 keeps that order; elsewhere `fu
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import mmap
 import os
 import secrets
-import select
 import struct
 import time
 
+from sglang_adrenaline.channel import memfd
 from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec
 from sglang_adrenaline.channel.futex import Futex, make_fence
 from sglang_adrenaline.channel.ipc_memory import HANDLE_BYTES
-from sglang_adrenaline.channel.segment import OwnedFd, _open_pidfd, _parse_address
+from sglang_adrenaline.channel.memfd import OwnedFd, WatchedProcess
 from sglang_adrenaline.errors import ChannelError
 
 EXECUTOR_HANDLE, DECODE_HANDLE = 256, 576
@@ -54,10 +53,10 @@ _MASK = 0xFFFFFFFF
 class IpcSegment:
     """One mapping; released with the last reference."""
 
-    def __init__(self, fd: int, shape: ChannelShape, memfd: OwnedFd | None) -> None:
+    def __init__(self, fd: int, shape: ChannelShape, owned: OwnedFd | None) -> None:
         self.shape = shape
-        self._memfd = memfd
-        self._peer: OwnedFd | None = None
+        self._owned = owned  # the creator keeps it: its number is the channel's address
+        self._peer: WatchedProcess | None = None
         self._mapping = mmap.mmap(fd, _total_bytes(shape))
         self._anchor = ctypes.c_char.from_buffer(self._mapping)
         self._u32 = memoryview(self._mapping).cast("I")
@@ -145,15 +144,11 @@ class IpcSegment:
         """Whether decode has opened the channel and left its handle; from then on its process is watched."""
         pid = self._u64[_DECODE_PID // 8]
         if pid and self._peer is None:
-            self._peer = _open_pidfd(pid)
+            self._peer = WatchedProcess(pid)
         return bool(pid)
 
     def peer_died(self) -> bool:
-        if self._peer is None:
-            return False
-        poll = select.poll()
-        poll.register(self._peer.fd, select.POLLIN)
-        return bool(poll.poll(0))
+        return self._peer is not None and self._peer.has_ended()
 
     def claim(self, handle: bytes) -> None:
         """Decode's last act of opening: leave the handle and the process id."""
@@ -165,43 +160,24 @@ class IpcSegment:
 def create(shape: ChannelShape) -> tuple[IpcSegment, ChannelSpec]:
     """Make a segment of zeros with its header, and the spec by which decode opens it. Raises ChannelError."""
     token = secrets.token_hex(16)
-    memfd = OwnedFd(os.memfd_create("sglang-adrenaline-ipc", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    owned = memfd.create("sglang-adrenaline-ipc", _total_bytes(shape))
     try:
-        os.ftruncate(memfd.fd, _total_bytes(shape))
-        fcntl.fcntl(memfd.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        segment = IpcSegment(memfd.fd, shape, memfd)
+        segment = IpcSegment(owned.fd, shape, owned)
     except OSError as error:
-        raise ChannelError(f"cannot make {_total_bytes(shape)} bytes of shared memory: {error}") from None
+        raise ChannelError(f"cannot map {_total_bytes(shape)} bytes of shared memory: {error}") from None
     segment._mapping[: _HEADER.size] = _header(shape, token)
-    return segment, ChannelSpec(kind="ipc", address=f"{os.getpid()}:{memfd.fd}", token=token, shape=shape)
+    return segment, ChannelSpec(kind="ipc", address=memfd.address(owned), token=token, shape=shape)
 
 
 def open_(spec: ChannelSpec) -> IpcSegment:
     """Map the segment that prefill created; `claim` it next. Raises ChannelError."""
-    pid, memfd = _parse_address(spec.address)
-    peer = _open_pidfd(pid)
-    try:
-        fd = os.open(f"/proc/{pid}/fd/{memfd}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise ChannelError(
-            f"cannot open the shared memory of process {pid}: {error.strerror}; both servers must run on one host, "
-            "in one PID namespace and as one user"
-        ) from None
-    try:
-        if os.fstat(fd).st_size != _total_bytes(spec.shape):
-            raise ValueError(f"it has {os.fstat(fd).st_size} bytes, expected {_total_bytes(spec.shape)}")
-        if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-            raise ValueError("its size is not sealed")
+    with memfd.opened(spec.address, _total_bytes(spec.shape)) as (fd, creator):
         segment = IpcSegment(fd, spec.shape, None)
-    except (OSError, ValueError) as error:
-        raise ChannelError(f"cannot map the shared memory of process {pid}: {error}") from None
-    finally:
-        os.close(fd)
     if segment._mapping[: _HEADER.size] != _header(spec.shape, spec.token):
-        raise ChannelError(f"process {pid} offered another channel than is at its address (stale or another version)")
+        raise ChannelError(f"{spec.address} is another channel than the one offered (stale or another version)")
     if segment._u64[_DECODE_PID // 8]:
         raise ChannelError(f"the channel is in use by process {segment._u64[_DECODE_PID // 8]} already")
-    segment._peer = peer
+    segment._peer = creator
     return segment
 
 

@@ -24,19 +24,17 @@ q, o: the shape's dtype, lse float32; first index is the layer's parity, rows ar
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import fcntl
 import mmap
 import os
 import secrets
-import select
-import stat
 import struct
 
 import torch
 
+from sglang_adrenaline.channel import memfd
 from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec
+from sglang_adrenaline.channel.memfd import OwnedFd, WatchedProcess
 from sglang_adrenaline.errors import ChannelError
 
 Q_FLAG, A_FLAG = 512, 640
@@ -50,23 +48,11 @@ _VERSION = 1
 _HEADER = struct.Struct("=8sI16s5I16sQ")
 _ALIGN = 128
 _ABORT_TEXT = 248
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _QUICK_COPY_BYTES = 64 * 1024
 _memmove = ctypes.PyDLL(None).memmove  # keeps the GIL
 _memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _memmove.restype = None
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class OwnedFd:
-    """A file descriptor that is closed with the last reference to this object."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __del__(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self.fd)
 
 
 class Room:
@@ -100,10 +86,10 @@ class Segment:
     u32, u64: the mapping's words, indexed by byte offset // 4 and // 8; lane_table: int32 view.
     """
 
-    def __init__(self, fd: int, shape: ChannelShape, memfd: OwnedFd | None) -> None:
+    def __init__(self, fd: int, shape: ChannelShape, owned: OwnedFd | None) -> None:
         self.shape = shape
-        self._memfd = memfd  # the creator keeps it: its number is the channel's address
-        self._pidfd: OwnedFd | None = None
+        self._owned = owned  # the creator keeps it: its number is the channel's address
+        self._peer: WatchedProcess | None = None
         self.mapping = mmap.mmap(fd, _total_bytes(shape))
         self._anchor = ctypes.c_char.from_buffer(self.mapping)
         self.address = ctypes.addressof(self._anchor)
@@ -133,88 +119,47 @@ class Segment:
         length = min(self.u32[where // 4 + 1], _ABORT_TEXT)
         return bytes(self.mapping[where + 8 : where + 8 + length]).decode(errors="replace")
 
-    def watch(self, pid: int) -> None:
-        """From now on `peer_died` tells about process `pid`. Raises ChannelError if it is gone already."""
-        self._pidfd = _open_pidfd(pid)
+    def watch(self, peer: WatchedProcess) -> None:
+        """From now on `peer_died` tells about that process."""
+        self._peer = peer
 
     def peer_died(self) -> bool:
         """Whether the watched process has ended (or decode opened the segment and has ended since)."""
-        if self._pidfd is None:
+        if self._peer is None:
             pid = self.u64[DECODE_PID // 8]
             if pid == 0:
                 return False
             try:
-                self.watch(pid)
+                self.watch(WatchedProcess(pid))
             except ChannelError:
                 return True
-        assert self._pidfd is not None
-        poll = select.poll()
-        poll.register(self._pidfd.fd, select.POLLIN)
-        return bool(poll.poll(0))
+        assert self._peer is not None
+        return self._peer.has_ended()
 
 
 def create(shape: ChannelShape) -> tuple[Segment, ChannelSpec]:
-    """Make a segment of zeros with its header, and the spec by which another process opens it."""
+    """Make a segment of zeros with its header, and the spec by which another process opens it. Raises ChannelError."""
     token = secrets.token_hex(16)
-    memfd = OwnedFd(os.memfd_create("sglang-adrenaline", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    owned = memfd.create("sglang-adrenaline", _total_bytes(shape))
     try:
-        os.ftruncate(memfd.fd, _total_bytes(shape))
-        fcntl.fcntl(memfd.fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
-        segment = Segment(memfd.fd, shape, memfd)
+        segment = Segment(owned.fd, shape, owned)
     except OSError as error:
-        raise ChannelError(f"cannot make {_total_bytes(shape)} bytes of shared memory: {error}") from None
+        raise ChannelError(f"cannot map {_total_bytes(shape)} bytes of shared memory: {error}") from None
     segment.mapping[: _HEADER.size] = _header(shape, token)
-    return segment, ChannelSpec(kind="shm", address=f"{os.getpid()}:{memfd.fd}", token=token, shape=shape)
+    return segment, ChannelSpec(kind="shm", address=memfd.address(owned), token=token, shape=shape)
 
 
 def open_(spec: ChannelSpec) -> Segment:
     """Map the segment that another process of this user on this host created. Raises ChannelError."""
-    pid, memfd = _parse_address(spec.address)
-    pidfd = _open_pidfd(pid)
-    try:
-        fd = os.open(f"/proc/{pid}/fd/{memfd}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise ChannelError(
-            f"cannot open the shared memory of process {pid}: {error.strerror}; both servers must run on one host, "
-            "in one PID namespace and as one user"
-        ) from None
-    try:
-        _check_file(fd, spec.shape)
+    with memfd.opened(spec.address, _total_bytes(spec.shape)) as (fd, creator):
         segment = Segment(fd, spec.shape, None)
-    except (OSError, ValueError) as error:
-        raise ChannelError(f"cannot map the shared memory of process {pid}: {error}") from None
-    finally:
-        os.close(fd)  # mmap keeps a descriptor of its own
     if segment.mapping[: _HEADER.size] != _header(spec.shape, spec.token):
-        raise ChannelError(f"process {pid} offered another channel than is at its address (stale or another version)")
+        raise ChannelError(f"{spec.address} is another channel than the one offered (stale or another version)")
     if segment.u64[DECODE_PID // 8]:
         raise ChannelError(f"the channel is in use by process {segment.u64[DECODE_PID // 8]} already")
-    segment._pidfd = pidfd
+    segment.watch(creator)
     segment.u64[DECODE_PID // 8] = os.getpid()
     return segment
-
-
-def _check_file(fd: int, shape: ChannelShape) -> None:
-    status = os.fstat(fd)
-    expected = _total_bytes(shape)
-    if not stat.S_ISREG(status.st_mode) or status.st_size != expected:
-        raise ValueError(f"it has {status.st_size} bytes, a channel of this shape has {expected}")
-    if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
-        raise ValueError("its size is not sealed")
-
-
-def _open_pidfd(pid: int) -> OwnedFd:
-    try:
-        return OwnedFd(os.pidfd_open(pid))
-    except (OSError, OverflowError) as error:
-        raise ChannelError(f"process {pid} is not there: {error}") from None
-
-
-def _parse_address(address: str) -> tuple[int, int]:
-    pid, _, fd = address.partition(":")
-    if not (pid.isascii() and pid.isdecimal() and fd.isascii() and fd.isdecimal() and len(address) < 32):
-        raise ChannelError(f"the address of a shm channel is PID:FD, not {address!r}")
-    return int(pid), int(fd)
 
 
 def _header(shape: ChannelShape, token: str) -> bytes:
