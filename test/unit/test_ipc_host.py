@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,6 +17,7 @@ from sglang_adrenaline.channel import ipc_words
 from sglang_adrenaline.channel.base import ChannelShape
 from sglang_adrenaline.channel.ipc_end import check_shape
 from sglang_adrenaline.channel.ipc_watchdog import StepClock, Watchdog
+from sglang_adrenaline.channel.memfd import WatchedProcess
 from sglang_adrenaline.errors import ChannelError
 
 SHAPE = ChannelShape(lanes=5, num_layers=2, num_qo_heads=4, head_dim=64, v_head_dim=64, dtype="float16")
@@ -147,3 +150,25 @@ def test_step_clock_counts_only_while_a_step_is_open():
     assert clock.late_s(2, 1) == 0.0
     time.sleep(0.02)
     assert clock.late_s(2, 2) == 0.0
+
+
+def test_watched_process_may_be_asked_by_many_threads_at_once():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    watched = WatchedProcess(child.pid)
+    wrong: list[object] = []
+
+    def ask() -> None:
+        try:
+            wrong.extend(answer for answer in (watched.has_ended() for _ in range(2000)) if answer)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not wrong
+    child.kill()
+    child.wait(10)
+    assert watched.has_ended()

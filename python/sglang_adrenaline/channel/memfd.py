@@ -37,11 +37,12 @@ class WatchedProcess:
             self._pidfd = OwnedFd(os.pidfd_open(pid))
         except (OSError, OverflowError) as error:
             raise ChannelError(f"process {pid} is not there: {error}") from None
-        self._poll = select.poll()
-        self._poll.register(self._pidfd.fd, select.POLLIN)
 
     def has_ended(self) -> bool:
-        return bool(self._poll.poll(0))
+        """From any thread."""
+        poll = select.poll()  # one of its own: a poll object refuses to be used by two threads at a time
+        poll.register(self._pidfd.fd, select.POLLIN)
+        return bool(poll.poll(0))
 
 
 def create(name: str, num_bytes: int) -> OwnedFd:
