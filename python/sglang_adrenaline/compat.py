@@ -51,6 +51,15 @@ def most_tokens(req: Req) -> int:
     return prompt_len(req) + min(req.sampling_params.max_new_tokens, CLIP_MAX_NEW_TOKEN)
 
 
+def output_len(req: Req) -> int:
+    return len(req.output_ids)
+
+
+def is_finished(req: Req) -> bool:
+    """Whether the request has ended, well or badly; false for one that is retracted."""
+    return bool(req.finished())
+
+
 def custom_params(req: Req) -> dict[str, Any] | None:
     return req.sampling_params.custom_params
 
@@ -241,6 +250,39 @@ def running_requests(scheduler: Scheduler) -> Sequence[Req]:
     return scheduler.running_batch.reqs
 
 
+def num_admitted(scheduler: Scheduler) -> int:
+    """Requests with a row: running, about to, or with their KV on the way."""
+    return int(scheduler.disagg_decode_prealloc_queue._active_req_count())
+
+
+def admission_budget(scheduler: Scheduler) -> int:
+    """Tokens of decode's pool that SGLang would give to new requests now; may be negative.
+
+    What the tree can evict counts, the reserve of every admitted request and what retracted ones need do not.
+    """
+    return int(scheduler.disagg_decode_prealloc_queue._allocatable_token_budgets())
+
+
+def reserved_decode_tokens(scheduler: Scheduler) -> int:
+    """What admission asks for beside a request's prompt."""
+    return int(scheduler.disagg_decode_prealloc_queue.num_reserved_decode_tokens)
+
+
+def no_request_waits_for_a_row(scheduler: Scheduler) -> bool:
+    """Of new requests; retracted ones are not meant."""
+    return not scheduler.disagg_decode_prealloc_queue.queue
+
+
+def ran_decode_step(scheduler: Scheduler) -> bool:
+    """Whether the scheduler's loop before this one ran a decode step. Before a loop's batch is chosen."""
+    return scheduler.last_batch is not None and scheduler.last_batch.forward_mode.is_decode()
+
+
+def runs_prompts(scheduler: Scheduler) -> bool:
+    """Prefill: whether this loop launched a batch or completed one. After a loop's batch was launched."""
+    return bool(scheduler.cur_batch_for_debug or scheduler.last_batch)
+
+
 def has_nothing_to_run(scheduler: Scheduler) -> bool:
     """Whether there is no request that the scheduler could compute something for now."""
     return (
@@ -263,6 +305,31 @@ def device(scheduler: Scheduler) -> torch.device:
 
 def is_cpu(scheduler: Scheduler) -> bool:
     return scheduler.server_args.device == "cpu"
+
+
+def model_config(scheduler: Scheduler) -> Any:
+    """SGLang's ModelConfig."""
+    return model_runner(scheduler).model_config
+
+
+def text_config(model_config: Any) -> dict[str, Any]:
+    """The model's own `config.json`, that of the language model where there are several."""
+    return dict(model_config.hf_text_config.to_dict())
+
+
+def bytes_each(model_config: Any) -> int:
+    """Of a weight, and of a number in the KV cache (quantised ones are not served)."""
+    return int(model_config.dtype.itemsize)
+
+
+def device_name(scheduler: Scheduler) -> str:
+    """As `python -m sglang_adrenaline.profile` names it."""
+    where = device(scheduler)
+    if where.type == "cuda":
+        return torch.cuda.get_device_properties(where).name
+    from sglang_adrenaline.profiling.cpu import device_name as cpu_name
+
+    return cpu_name()
 
 
 def metrics_enabled(scheduler: Scheduler) -> bool:

@@ -8,6 +8,7 @@ registers nothing.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from typing import Literal
 
@@ -27,8 +28,14 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """What one prefill or decode server needs to know. All times in seconds."""
 
     role: Role
-    offload_ratio: float = 0.7
-    """Share of prompt tokens left on the prefill side, 0..1, spread over requests (decode decides)."""
+    offload_ratio: float | Literal["auto"] = 0.7
+    """Share of prompt tokens left on the prefill side, 0..1, spread over requests. auto: decided by load."""
+    slo_ttft_ms: float | None = None
+    """auto leaves prefill the time that it needs for this mean time to first token. Milliseconds."""
+    slo_tpot_ms: float | None = None
+    """auto offloads no request that would make a step longer than this. Milliseconds."""
+    profile: str | None = None
+    """auto reckons with this profile of the machine; None: with its data sheet."""
     min_offload_tokens: int = 16
     """Prompts shorter than this stay local unless a request asks otherwise."""
     max_pinned_fraction: float = 0.8
@@ -51,7 +58,16 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """A peer that was silent for this long is taken for dead."""
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.offload_ratio <= 1.0, "adrenaline-offload-ratio", self.offload_ratio, "a number in 0..1")
+        _require(
+            self.offload_ratio == "auto" or 0.0 <= self.offload_ratio <= 1.0,
+            "adrenaline-offload-ratio",
+            self.offload_ratio,
+            "a number in 0..1, or auto",
+        )
+        for name, value in (("slo-ttft-ms", self.slo_ttft_ms), ("slo-tpot-ms", self.slo_tpot_ms)):
+            _require(
+                value is None or 0.0 < value < math.inf, f"adrenaline-{name}", value, "a number of milliseconds > 0"
+            )
         _require(
             0.0 < self.max_pinned_fraction <= 1.0,
             "adrenaline-max-pinned-fraction",
@@ -114,10 +130,36 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--adrenaline-offload-ratio",
         dest="offload_ratio",
-        type=float,
+        type=_ratio,
         default=0.7,
         metavar="R",
-        help="share of prompt tokens whose KV stays on the prefill server, 0..1, spread over requests (default 0.7)",
+        help="share of prompt tokens whose KV stays on the prefill server, 0..1, spread over requests (default 0.7); "
+        "auto: decided by load for each request when decode could take it in, so that attention over remote prompts "
+        "takes no longer than over local ones, and beyond that where decode's memory is full and a larger batch pays",
+    )
+    group.add_argument(
+        "--adrenaline-slo-ttft-ms",
+        dest="slo_ttft_ms",
+        type=float,
+        default=None,
+        metavar="MS",
+        help="ratio auto: mean time to first token for which prefill keeps enough of its GPU (default: no objective)",
+    )
+    group.add_argument(
+        "--adrenaline-slo-tpot-ms",
+        dest="slo_tpot_ms",
+        type=float,
+        default=None,
+        metavar="MS",
+        help="ratio auto: the batch is not enlarged by offloading if steps would take longer (default: no objective)",
+    )
+    group.add_argument(
+        "--adrenaline-profile",
+        dest="profile",
+        default=None,
+        metavar="FILE",
+        help="ratio auto: what python -m sglang_adrenaline.profile measured on this machine with this model (default: "
+        "data sheets)",
     )
     group.add_argument(
         "--adrenaline-min-offload-tokens",
@@ -189,6 +231,13 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="longest wait of a decode step for the executor before its offloaded requests fail (default 8)",
     )
+
+
+def _ratio(text: str) -> float | Literal["auto"]:
+    try:
+        return "auto" if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number in 0..1, or auto, not {text!r}") from None
 
 
 def _sms(text: str) -> int | Literal["auto"]:

@@ -65,7 +65,17 @@ def model_from_config(path: str, *, bytes_each: int = 2) -> ModelFigures:
     """Figures of a Hugging Face `config.json` (or the directory that holds one). Raises ConfigError, one line."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
-        config: dict[str, Any] = json.loads(file.read_text())
+        config = json.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"no model shape in {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"no model shape in {file}: {error}") from None
+    return model_from_settings(config, str(file), bytes_each=bytes_each)
+
+
+def model_from_settings(config: dict[str, Any], source: str, *, bytes_each: int) -> ModelFigures:
+    """Figures of what a `config.json` says; `source` names it in errors. Raises ConfigError, one line."""
+    try:
         heads = config["num_attention_heads"]
         figures = {
             "num_layers": config["num_hidden_layers"],
@@ -79,14 +89,12 @@ def model_from_config(path: str, *, bytes_each: int = 2) -> ModelFigures:
             "kv_bytes_each": bytes_each,
         }
         model = msgspec.convert(figures, ModelFigures)
-    except OSError as error:
-        raise ConfigError(f"no model shape in {file}: {error.strerror}") from None
     except KeyError as error:
-        raise ConfigError(f"no model shape in {file}: {error} is missing") from None
+        raise ConfigError(f"no model shape in {source}: {error} is missing") from None
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, msgspec.ValidationError) as error:
-        raise ConfigError(f"no model shape in {file}: {error}") from None
+        raise ConfigError(f"no model shape in {source}: {error}") from None
     if config.get("num_local_experts") or config.get("n_routed_experts"):
-        raise ConfigError(f"{file}: the cost model knows dense models only, not mixtures of experts")
+        raise ConfigError(f"{source}: the cost model knows dense models only, not mixtures of experts")
     return model
 
 

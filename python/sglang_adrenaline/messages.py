@@ -173,6 +173,10 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     lanes: Count
     lanes_in_use: Count
     steps: Count = 0
+    prefill_load: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    """Share of the time in which prefill has been computing prompts of late."""
+    executor_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    """Of the device's SMs, set apart for the executor; 0: executor and prefill use all."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):

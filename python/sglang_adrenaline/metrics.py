@@ -18,6 +18,7 @@ COUNTERS = {
     "steps": "Decode steps with offloaded rows.",
     "exposed_wait_seconds": "Time that decode steps were blocked on the executor.",
     "nacks": "Offers that were refused, by reason.",
+    "decisions": "Requests that were decided by load, by reason.",
 }
 
 
@@ -59,6 +60,7 @@ def publish_status(metrics: StatusMetrics, status: Mapping[str, Any]) -> None:
         "requests": status["totals"],
         "steps": {"": status["steps"]},
         "nacks": status["nacks"],
+        "decisions": status.get("decisions", {}),
         "exposed_wait_seconds": {"": status["exposed_wait_ms_total"] / 1e3},
     }
     metrics.publish(gauges, counters)

@@ -110,6 +110,10 @@ def check(server_args: Any, model_config: Any, config: AdrenalineConfig) -> None
     reasons += _backend_reasons(server_args, config)
     if reasons:
         raise ConfigError("not supported with attention offloading: " + "; ".join(reasons))
+    if config.role == "decode" and config.offload_ratio == "auto":
+        from sglang_adrenaline import auto_cost
+
+        auto_cost.check(config, model_config)
 
 
 def _backend_reasons(server_args: Any, config: AdrenalineConfig) -> Iterator[str]:

@@ -36,6 +36,10 @@ def test_flags_given_reach_their_fields():
         ("lanes", "5000"),
         ("executor-sms", "-8"),
         ("wait-timeout", "0"),
+        ("slo-ttft-ms", "0"),
+        ("slo-tpot-ms", "-1"),
+        ("slo-tpot-ms", "nan"),
+        ("slo-ttft-ms", "inf"),
     ],
 )
 def test_flags_out_of_range_are_refused_by_name(flag, value):
@@ -86,3 +90,17 @@ def test_executor_sms_that_are_no_number_are_refused():
         parse("--adrenaline-executor-sms", "some")
     with pytest.raises(ConfigError, match="executor_sms"):
         AdrenalineConfig.from_json('{"role": "prefill", "executor_sms": "some"}')
+
+
+def test_offload_ratio_auto_and_its_flags_survive_the_environment():
+    given = ("--adrenaline-slo-ttft-ms", "500", "--adrenaline-slo-tpot-ms", "25.5", "--adrenaline-profile", "p.json")
+    config = AdrenalineConfig.from_json(parse("--adrenaline-offload-ratio", "auto", *given).to_json())
+    assert config.offload_ratio == "auto"
+    assert (config.slo_ttft_ms, config.slo_tpot_ms, config.profile) == (500.0, 25.5, "p.json")
+
+
+def test_offload_ratio_that_is_no_number_is_refused():
+    with pytest.raises(SystemExit):
+        parse("--adrenaline-offload-ratio", "automatic")
+    with pytest.raises(ConfigError, match="offload_ratio"):
+        AdrenalineConfig.from_json('{"role": "decode", "offload_ratio": "automatic"}')

@@ -82,7 +82,7 @@ def test_parse_children_understand_what_they_are_given():
         (["--num-decode", "2"], "only one prefill and one decode server"),
         (["--num-prefill", "0"], "at least 1"),
         (["--adrenaline-offload-ratio", "1.5"], "--adrenaline-offload-ratio must be a number in 0..1"),
-        (["--adrenaline-offload-ratio", "much"], "invalid float value"),
+        (["--adrenaline-offload-ratio", "much"], "must be a number in 0..1, or auto"),
         (["--port", "0"], "'0' is not a port"),
         (["--port", "70000"], "'70000' is not a port"),
         (["--port", "23110", "--prefill-port", "23110"], "cannot both have port 23110"),

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from sglang_adrenaline import refusals
+from sglang_adrenaline import auto_cost, refusals
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.errors import ConfigError
+from sglang_adrenaline.figures import model_from_config
+from sglang_adrenaline.profile_data import datasheet_profile, encode_profile
 
 SMALL = {
     "hidden_size": 64,
@@ -202,6 +204,47 @@ def test_rules_read_fields_that_this_sglang_has(sglang, folder):
     fields = {field.name for field in dataclasses.fields(server_args)}
     for name in ("speculative_algorithm", "enable_hisparse", "enable_pdmux", "dllm_algorithm", "enable_dp_attention"):
         assert name in fields
+
+
+def auto_refusal(sglang: Any, folder: Path, profile: Path | None = None) -> str | None:
+    config = AdrenalineConfig(role="decode", offload_ratio="auto", profile=str(profile) if profile else None)
+    try:
+        refusals.check(*sglang.resolve(folder, "decode"), config)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return None
+
+
+def test_check_auto_ratio_profile_of_this_model_passes_and_others_are_refused(sglang, folder, tmp_path):
+    served = folder(LLAMA)
+    profile = tmp_path / "profile.json"
+    assert auto_refusal(sglang, served) is None
+    assert "cannot read profile" in (auto_refusal(sglang, served, profile) or "")
+    profile.write_text("{}")
+    assert "is not a profile" in (auto_refusal(sglang, served, profile) or "")
+    for layers, why in ((4, None), (5, "another shape")):
+        (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": layers}))
+        model = model_from_config(str(tmp_path), bytes_each=4)
+        profile.write_bytes(encode_profile(datasheet_profile("CPU", model)))
+        told = auto_refusal(sglang, served, profile)
+        assert told is None if why is None else why in (told or "")
+
+
+def test_cost_model_for_server_unknown_gpu_goes_by_a_slow_one_and_a_foreign_profile_is_refused(tmp_path, caplog):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    model = model_from_config(str(tmp_path), bytes_each=4)
+    plain = AdrenalineConfig(role="decode", offload_ratio="auto", slo_tpot_ms=1e-6)
+    with caplog.at_level("INFO"):
+        assert auto_cost.for_server(plain, model, "Some GPU 3000").profile.device == auto_cost.UNKNOWN_GPU
+    for text in ("Some GPU 3000", "data sheet of", "cannot be met"):
+        assert text in caplog.text
+    profile = tmp_path / "profile.json"
+    profile.write_bytes(encode_profile(datasheet_profile("CPU", model)))
+    given = AdrenalineConfig(role="decode", offload_ratio="auto", profile=str(profile))
+    assert auto_cost.for_server(given, model, "CPU").profile.device == "CPU"
+    with pytest.raises(ConfigError, match="is a profile of 'CPU'"):
+        auto_cost.for_server(given, model, "NVIDIA H200")
 
 
 def test_check_sglang_version_other_is_refused(monkeypatch):

@@ -76,6 +76,9 @@ class Peer:
         self.since = time.monotonic()
         """When it was asked first or lost last; seconds, monotonic."""
         self.stats: messages.Stats | None = None
+        """The newest of this link, None before the first."""
+        self.stats_at = 0.0
+        """When they came; seconds, monotonic."""
         self._new_index = new_index
         self._on_message = on_message
         self._on_lost = on_lost
@@ -98,6 +101,7 @@ class Peer:
             logger.error("%s", self.refused)
             return
         self.refused = ""
+        self.stats = None
         self.link = Link(self._new_index(), self, channel, welcome.channel.shape.lanes, welcome.instance)
         logger.info("attention offloading to %s is up (instance %s)", self.name, welcome.instance[:8])
 
@@ -109,6 +113,7 @@ class Peer:
     def on_message(self, message: Any) -> None:
         if isinstance(message, messages.Stats):
             self.stats = message
+            self.stats_at = time.monotonic()  # after it, so that who reads it first never takes old stats for new ones
         elif self.link is not None:
             self._on_message(self.link, message)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ class Offload:
     """Seconds, monotonic."""
     forced: bool
     """The request itself asked for the split."""
+    by_load: bool = False
+    """`remote_prefix_len` is decided when the request's turn comes; 0 until then."""
     state: OffloadState = OffloadState.CONNECTING
     link: Link | None = None
     """The connection that the offer went over; a reconnected peer is another link."""
@@ -47,6 +50,8 @@ class Offload:
     failure: str = ""
     transferred_at: float = 0.0
     """When the KV transfer was first seen to be done; seconds, monotonic, 0 = not yet."""
+    ready_at: float = 0.0
+    """When READY came; seconds, monotonic, 0 = not yet."""
     retracting: bool = False
     """The row is released for a retraction, not for good."""
 
@@ -59,6 +64,11 @@ class Offload:
     @property
     def is_remote(self) -> bool:
         return self.state in (OffloadState.ACCEPTED, OffloadState.READY, OffloadState.FAILED)
+
+    @property
+    def holds_prefix(self) -> bool:
+        """Prefill keeps the prefix, or was asked to."""
+        return self.state in (OffloadState.OFFERED, OffloadState.ACCEPTED, OffloadState.READY)
 
     def move(self, expected: OffloadState, new: OffloadState) -> bool:
         """Change the state if it still is the expected one; whether it did."""
@@ -74,6 +84,7 @@ class Offload:
             if self.state is not OffloadState.ACCEPTED:
                 return False
             self.lane = lane
+            self.ready_at = time.monotonic()
             self.state = OffloadState.READY
             return True
 

@@ -16,6 +16,8 @@ from sglang_adrenaline import compat, messages, policy
 from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec, DecodeEnd
 from sglang_adrenaline.channel.opening import open_decode_end
 from sglang_adrenaline.config import AdrenalineConfig
+from sglang_adrenaline.decode.auto import Admission
+from sglang_adrenaline.decode.by_load import ByLoad, make_decider
 from sglang_adrenaline.decode.links import Address, Link, LinkIndex, Peer
 from sglang_adrenaline.decode.offload import Offload, OffloadState
 from sglang_adrenaline.decode.table import OffloadTable
@@ -35,7 +37,8 @@ FORCED_CONNECT_WAIT_S = 10.0
 OFFER_WAIT_S = 5.0
 MAX_UNPLACED = 32
 """Offers that may be out for requests without a row in decode's pool. Prefill keeps room for an accepted prompt, so
-those that would wait long for decode's memory are offered when their turn comes, not when they arrive."""
+those that would wait long for decode's memory are offered when their turn comes, not when they arrive. With ratio auto,
+requests that were decided to be local count as well."""
 MAX_PEERS = 64
 READY_WAIT_S = 10.0
 """Between the arrival of the transfer and the word that the prefix is pinned."""
@@ -65,8 +68,9 @@ class DecodeRuntime:
         self._new_index = LinkIndex()
         self._offloads: dict[int, Offload] = {}
         """By room; every one that is not over."""
-        self._unplaced: set[int] = set()
-        """Rooms that were offered and have no row yet."""
+        self._admission = Admission()
+        self._by_load: ByLoad | None = None
+        """With ratio auto."""
 
     # ---- start ------------------------------------------------------------------------------------------------------
 
@@ -78,7 +82,12 @@ class DecodeRuntime:
     def attach_scheduler(self, scheduler: Any) -> None:
         pool = compat.pool_shape(scheduler)
         self._scheduler = scheduler
-        self._settings = policy.Settings(self.config.offload_ratio, self.config.min_offload_tokens, pool.page_size)
+        ratio = self.config.offload_ratio
+        fixed = 0.0 if ratio == "auto" else ratio
+        self._settings = policy.Settings(fixed, self.config.min_offload_tokens, pool.page_size)
+        if ratio == "auto":
+            decider = make_decider(self.config, scheduler, self._admission, pool.page_size)
+            self._by_load = ByLoad(decider, scheduler, pool.tokens)
         self._shape = local_model_shape(scheduler)
         self._rank = compat.rank(scheduler)
         self._pool = pool
@@ -132,9 +141,10 @@ class DecodeRuntime:
             wish = policy.requested_prefix_len(compat.custom_params(req), length)
         except ValueError:  # the front end let it pass, so the prompt was cut since: then for this prompt's whole
             wish = policy.WHOLE_PROMPT
+        by_load = self._by_load is not None and wish is None
         remote, self._policy = policy.decide(self._policy, length, wish, self._settings)
         address = compat.bootstrap_address(req)
-        if remote == 0 or room in self._offloads or not self._has_peer(address):
+        if (remote == 0 and not by_load) or room in self._offloads or not self._has_peer(address):
             self.local_total += 1
             return None
         offload = Offload(
@@ -145,9 +155,11 @@ class DecodeRuntime:
             prompt_len=length,
             created_at=time.monotonic(),
             forced=wish is not None,
+            by_load=by_load,
         )
         self._offloads[room] = offload
-        self.advance(offload)
+        if not by_load:
+            self.advance(offload)
         return offload
 
     def _has_peer(self, address: Address) -> bool:
@@ -181,12 +193,18 @@ class DecodeRuntime:
 
     def advance(self, offload: Offload) -> None:
         """Called at every poll of the request while its transfer is being prepared or under way."""
+        if offload.by_load and offload.state is OffloadState.CONNECTING and self._turns_over():
+            return
         now = time.monotonic()
         if offload.state is OffloadState.CONNECTING:
             peer = self._peers[offload.address]
-            if peer.link is not None:
-                if len(self._unplaced) < MAX_UNPLACED:
-                    self._offer(offload, peer.link)
+            link = peer.link
+            if link is not None and offload.by_load:
+                if peer.stats is not None or now > offload.created_at + CONNECT_WAIT_S:
+                    self._decide_by_load(offload, link)
+            elif link is not None:
+                if len(self._admission.waiting) < MAX_UNPLACED:
+                    self._offer(offload, link)
             elif peer.refused:
                 self._stay_local(offload, OffloadState.CONNECTING, "refused")
             elif now > (offload.created_at + FORCED_CONNECT_WAIT_S if offload.forced else peer.since + CONNECT_WAIT_S):
@@ -196,12 +214,27 @@ class DecodeRuntime:
             if self._stay_local(offload, OffloadState.OFFERED, "no_answer"):
                 offload.link.send(messages.End(room=offload.room, last_step=0))
 
+    def _turns_over(self) -> bool:
+        """Whether no further request can be decided by load in this scheduler loop."""
+        assert self._by_load is not None
+        return self._by_load.turns_over or len(self._admission.waiting) >= MAX_UNPLACED
+
+    def _decide_by_load(self, offload: Offload, link: Link) -> None:
+        """Decide if it is the request's turn; those behind it are not looked at before it was decided."""
+        assert self._by_load is not None
+        decision = self._by_load.decide(offload, link, self._offloads.values(), self._peers.values())
+        if decision is not None and decision.split:
+            offload.remote_prefix_len = decision.split
+            self._offer(offload, link)
+        elif decision is not None:
+            offload.move(OffloadState.CONNECTING, OffloadState.LOCAL)
+
     def _offer(self, offload: Offload, link: Link) -> None:
         offload.link = link
         offload.created_at = time.monotonic()
         offload.move(OffloadState.CONNECTING, OffloadState.OFFERED)
         self._links[link.index] = link
-        self._unplaced.add(offload.room)
+        self._admission.decided(compat.rid(offload.req), offload.prompt_len - offload.remote_prefix_len)
         link.send(
             messages.Offer(
                 room=offload.room,
@@ -215,7 +248,6 @@ class DecodeRuntime:
         """False if an answer came at the last moment."""
         if not offload.move(expected, OffloadState.LOCAL):
             return False
-        self._unplaced.discard(offload.room)
         self.nacks[reason] += 1
         return True
 
@@ -228,12 +260,13 @@ class DecodeRuntime:
     def on_row(self, req: Any) -> None:
         """The request got its row of req_to_token."""
         offload = self.of(req)
+        local_tokens = compat.prompt_len(req) - (offload.remote_prefix_len if offload is not None else 0)
+        self._admission.placed(compat.rid(req), local_tokens)
         if offload is None:
             self.table.clear(compat.rid(req))
             return
         link = offload.link
         assert link is not None
-        self._unplaced.discard(offload.room)
         offload.retracting = False  # if it was retracted, it is back
         # The lane is known at READY at the latest, before the request joins a batch.
         self.table.set(compat.rid(req), length=offload.remote_prefix_len, link=link.index, lane=max(offload.lane, 0))
@@ -259,15 +292,18 @@ class DecodeRuntime:
         """The request's row is about to be freed."""
         offload = self.of(req)
         self.table.clear(compat.rid(req))
+        self._admission.gone(compat.rid(req))
+        if self._by_load is not None and compat.is_finished(req):
+            self._by_load.decider.answered(compat.output_len(req))
         if offload is not None and not offload.retracting:
             self.end(offload)
 
     def end(self, offload: Offload) -> None:
         """The request is over: let prefill unpin. Idempotent."""
+        self._admission.gone(compat.rid(offload.req))
         if self._offloads.get(offload.room) is not offload:
             return
         del self._offloads[offload.room]
-        self._unplaced.discard(offload.room)
         if offload.link is not None and offload.state is not OffloadState.LOCAL:
             offload.link.send(messages.End(room=offload.room, last_step=offload.link.channel.steps))
         if offload.state is OffloadState.FAILED:
@@ -285,11 +321,15 @@ class DecodeRuntime:
 
     def pump(self) -> None:
         """Once a scheduler loop, before the queues are looked at."""
+        if compat.no_request_waits_for_a_row(self._scheduler):
+            self._admission.waiting.clear()  # whatever became of them
+        if self._by_load is not None:
+            self._by_load.new_loop(self._offloads.values(), self._peers.values(), self._links.values())
         for offload in list(self._offloads.values()):
             if offload.state is OffloadState.LOCAL:  # refused; stock behaviour from here on
                 self.local_total += 1
-                self._unplaced.discard(offload.room)
                 del self._offloads[offload.room]
+                self._keep_waiting(offload)
             elif offload.state is OffloadState.FAILED:
                 self._fail_now(offload)
             elif offload.retracting and not compat.is_retracted_and_waiting(self._scheduler, offload.req):
@@ -302,6 +342,16 @@ class DecodeRuntime:
                     self._steps_gone += link.channel.steps
                     link.channel.close()
                     del self._links[index]
+
+    def _keep_waiting(self, offload: Offload) -> None:
+        """The request is local: if it has no row yet, it will take room for its whole prompt."""
+        rid = compat.rid(offload.req)
+        if rid not in self._admission.waiting:
+            return
+        if self._by_load is not None:
+            self._admission.decided(rid, offload.prompt_len)
+        else:
+            self._admission.gone(rid)  # local requests do not count here
 
     def _fail_now(self, offload: Offload) -> None:
         """Let a request whose prefix is gone end with the reason, wherever it is."""
@@ -395,6 +445,8 @@ class DecodeRuntime:
             "offloaded_total": self.offloaded_total,
             "failed_total": self.failed_total,
             "nacks": dict(self.nacks),
+            "decisions": dict(self._by_load.decider.decisions) if self._by_load is not None else {},
+            "pressed": self._by_load is not None and self._by_load.decider.state.pressed,
             "exposed_wait_ms_total": round(wait_s * 1e3, 3),
             "exposed_wait_ms_per_step": round(wait_s * 1e3 / steps, 3) if steps else 0.0,
         }

@@ -26,6 +26,7 @@ from sglang_adrenaline.errors import ChannelError, ConfigError
 from sglang_adrenaline.keys import load_key_file
 from sglang_adrenaline.model_shape import host_id, local_model_shape
 from sglang_adrenaline.prefill.executor import AttentionExecutor, LayerKV, ThreadExecutor
+from sglang_adrenaline.prefill.load_meter import LoadMeter
 from sglang_adrenaline.prefill.pins import NackReason, Pin, PinState, PinTable
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class PrefillRuntime:
         self._plans_gone = 0
         self._lock = threading.Lock()
         self._stats_sent = 0.0
+        self._load = LoadMeter()
 
     # ---- start (scheduler thread) -----------------------------------------------------------------------------------
 
@@ -290,6 +292,7 @@ class PrefillRuntime:
                 self._plans_gone += session.executor.plans
                 del self._executors[key]
         now = time.monotonic()
+        self._load.tick(now, compat.runs_prompts(self._scheduler))
         if self._sessions and now - self._stats_sent > STATS_INTERVAL_S:
             self._stats_sent = now
             for session in list(self._sessions.values()):
@@ -313,7 +316,14 @@ class PrefillRuntime:
             lanes=session.lanes,
             lanes_in_use=counts.lanes_in_use,
             steps=session.executor.steps_done,
+            prefill_load=min(max(self._load.load, 0.0), 1.0),
+            executor_share=self._executor_share(),
         )
+
+    def _executor_share(self) -> float:
+        """Of the SMs, set apart; 0 = none."""
+        split = self.partition
+        return split.executor_sms / (split.executor_sms + split.prefill_sms) if split is not None else 0.0
 
     @property
     def serves_decode(self) -> bool:
@@ -371,6 +381,7 @@ class PrefillRuntime:
             "totals": {"offloaded": self.offloaded_total, "unpinned": self.unpinned_total},
             "offloaded_total": self.offloaded_total,
             "nacks": dict(self.pins.nacks),
+            "prefill_load": round(self._load.load, 3),
             "exposed_wait_ms_total": 0.0,
         }
 

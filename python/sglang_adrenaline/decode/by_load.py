@@ -1,0 +1,118 @@
+"""Ratio auto between SGLang's scheduler, links and `auto.LoadDecider`: gathers the figures, keeps the order of turns.
+
+Scheduler thread. Nothing is read from SGLang while every request behind the one whose turn it is waits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from sglang_adrenaline import auto_cost, compat, policy
+from sglang_adrenaline.config import AdrenalineConfig
+from sglang_adrenaline.decode.auto import Admission, Here, LoadDecider, There
+from sglang_adrenaline.decode.links import Link, Peer
+from sglang_adrenaline.decode.offload import Offload, OffloadState
+from sglang_adrenaline.decode.step_times import LinkTotals, StepTimes
+
+
+def make_decider(config: AdrenalineConfig, scheduler: Any, admission: Admission, page_size: int) -> LoadDecider:
+    """Raises ConfigError on a profile of another device or model."""
+    model = auto_cost.served_model(compat.model_config(scheduler))
+    cost = auto_cost.for_server(config, model, compat.device_name(scheduler))
+    settings = policy.LoadSettings(
+        page_size=page_size,
+        min_tokens=config.min_offload_tokens,
+        max_pinned_fraction=config.max_pinned_fraction,
+        max_rows=cost.rows_max(),
+        slo_tpot_s=config.slo_tpot_ms / 1e3 if config.slo_tpot_ms is not None else None,
+    )
+    return LoadDecider(
+        cost,
+        settings,
+        admission,
+        reserve_tokens=compat.reserved_decode_tokens(scheduler),
+        slo_ttft_s=config.slo_ttft_ms / 1e3 if config.slo_ttft_ms is not None else None,
+    )
+
+
+class ByLoad:
+    """One a decode scheduler with ratio auto."""
+
+    def __init__(self, decider: LoadDecider, scheduler: Any, pool_tokens: int) -> None:
+        self.decider = decider
+        self.turns_over = False
+        """No further request can be decided in this scheduler loop: the one whose turn it is waits for memory."""
+        self._scheduler = scheduler
+        self._pool_tokens = pool_tokens
+        self._here: Here | None = None
+        """As it is in this scheduler loop; None until it is asked for."""
+        self._times = StepTimes()
+        self._looped_at = 0.0
+
+    def new_loop(self, offloads: Iterable[Offload], peers: Iterable[Peer], links: Iterable[Link]) -> None:
+        """Before the queues are looked at. Tells the policy, now and then, how long steps took and waited."""
+        self._here, self.turns_over = None, False
+        now = time.monotonic()
+        took, self._looped_at = now - self._looped_at, now
+        if not compat.ran_decode_step(self._scheduler):
+            return
+        if self._times.add(took):
+            here = replace(self._decode_now(), rows=len(compat.running_requests(self._scheduler)))
+            self._times.predicted(self.decider.predicted_step_s(here, prefill_now(offloads, peers, reading=True)))
+        totals = (
+            LinkTotals(link.index, link.peer.name, link.channel.steps, link.channel.exposed_wait_s)
+            for link in links
+            if link.alive
+        )
+        for seen in self._times.observations(totals):
+            self.decider.observe(seen)
+
+    def decide(
+        self, offload: Offload, link: Link, offloads: Iterable[Offload], peers: Iterable[Peer]
+    ) -> policy.Decision | None:
+        """The split of a request whose turn it is; None, also for those behind it, while decode has no room for it."""
+        self._here = self._here or self._decode_now()
+        rid = compat.rid(offload.req)
+        there = prefill_now(offloads, peers, reading=False)
+        decision = self.decider.decide(rid, offload.prompt_len, link.peer.name, self._here, there)
+        self.turns_over = decision is None
+        return decision
+
+    def _decode_now(self) -> Here:
+        return Here(
+            pool_tokens=self._pool_tokens,
+            budget_tokens=compat.admission_budget(self._scheduler),
+            used_tokens=self._pool_tokens - compat.pool_free_tokens(self._scheduler),
+            rows=compat.num_admitted(self._scheduler),
+        )
+
+
+def prefill_now(offloads: Iterable[Offload], peers: Iterable[Peer], *, reading: bool) -> dict[str, There]:
+    """Connected prefill instances that have reported; `reading`: with what they read in steps now, not with all
+    that they keep or were asked to keep for us."""
+    held: dict[int, list[Offload]] = {}
+    for offload in offloads:
+        counts = offload.state is OffloadState.READY if reading else offload.holds_prefix
+        if counts and offload.link is not None:
+            held.setdefault(offload.link.index, []).append(offload)
+    there = {}
+    for peer in peers:
+        reported_at, stats, link = peer.stats_at, peer.stats, peer.link  # in this order: see Peer.on_message
+        if link is None or stats is None:
+            continue
+        ours = held.get(link.index, [])
+        # What was pinned before the report is in it, since both come from one thread; what ended since is left in.
+        since = sum(o.remote_prefix_len for o in ours if o.ready_at == 0.0 or o.ready_at > reported_at)
+        there[peer.name] = There(
+            pool_tokens=stats.pool_tokens,
+            pinned_tokens=stats.pinned_tokens + since,
+            attended_tokens=sum(o.remote_prefix_len for o in ours),
+            lanes=link.lanes,
+            lanes_in_use=len(ours),
+            prefill_load=stats.prefill_load,
+            executor_share=stats.executor_share,
+        )
+    return there

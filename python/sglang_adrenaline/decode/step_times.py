@@ -1,0 +1,63 @@
+"""Measured decode steps, gathered for the policy's feedback: step times, predicted ones, and waits of each link."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sglang_adrenaline import policy
+
+OBSERVE_STEPS = 100
+PREDICT_EVERY = 10
+
+
+@dataclass(frozen=True)
+class LinkTotals:
+    """Of one link since it is up. `index` never repeats, `peer` is the prefill instance."""
+
+    index: int
+    peer: str
+    steps: int
+    exposed_wait_s: float
+
+
+class StepTimes:
+    """One window of OBSERVE_STEPS decode steps after the other."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._step_s = 0.0
+        self._predicted: list[float] = []
+        self._before: dict[int, LinkTotals] = {}
+
+    def add(self, step_s: float) -> bool:
+        """A step took `step_s` from its launch to the next one's. Whether a prediction for it is wanted."""
+        self._steps += 1
+        self._step_s += step_s
+        return self._steps % PREDICT_EVERY == 0
+
+    def predicted(self, step_s: float) -> None:
+        self._predicted.append(step_s)
+
+    def observations(self, links: Iterable[LinkTotals]) -> list[policy.Observation]:
+        """At the end of a window, one for each link that took part in it; none before."""
+        if self._steps < OBSERVE_STEPS:
+            return []
+        seen = []
+        now = {link.index: link for link in links}
+        for index, link in now.items():
+            before = self._before.get(index, LinkTotals(index, link.peer, 0, 0.0))
+            steps = link.steps - before.steps
+            if steps > 0:
+                seen.append(
+                    policy.Observation(
+                        peer=link.peer,
+                        steps=steps,
+                        step_s=self._step_s / self._steps,
+                        predicted_step_s=sum(self._predicted) / len(self._predicted),
+                        exposed_wait_s=max(link.exposed_wait_s - before.exposed_wait_s, 0.0) / steps,
+                    )
+                )
+        self._before = now
+        self._steps, self._step_s, self._predicted = 0, 0.0, []
+        return seen

@@ -1,0 +1,218 @@
+"""Ratio auto in decode: decisions from numbers, who takes decode's memory, what measured steps tell the policy."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_adrenaline import policy
+from sglang_adrenaline.cost_model import CostModel
+from sglang_adrenaline.decode.auto import Admission, Here, LoadDecider, There, most_utilisation
+from sglang_adrenaline.decode.step_times import OBSERVE_STEPS, PREDICT_EVERY, LinkTotals, StepTimes
+from sglang_adrenaline.figures import ModelFigures
+from sglang_adrenaline.policy import PrefillLoad
+from sglang_adrenaline.policy.sm_share import MARGIN, predicted_ttft_s
+from sglang_adrenaline.prefill.load_meter import WINDOW_S, LoadMeter
+from sglang_adrenaline.profile_data import datasheet_profile
+
+LLAMA_7B = ModelFigures(
+    num_layers=32,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_qo_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    vocab_size=32000,
+)
+COST = CostModel(datasheet_profile("H200", LLAMA_7B))
+RESERVE = 512
+POOL = 216_000
+IDLE_PREFILL = There(pool_tokens=POOL, pinned_tokens=0, attended_tokens=0, lanes=256, lanes_in_use=0, prefill_load=0.0)
+
+
+def decider(**settings) -> LoadDecider:
+    slo_ttft_s = settings.pop("slo_ttft_s", None)
+    rules = policy.LoadSettings(max_rows=COST.rows_max(), **settings)
+    return LoadDecider(COST, rules, Admission(), reserve_tokens=RESERVE, slo_ttft_s=slo_ttft_s)
+
+
+def here(*, rows: int, used: int, pool: int = POOL) -> Here:
+    return Here(pool_tokens=pool, budget_tokens=pool - used - RESERVE * rows, used_tokens=used, rows=rows)
+
+
+def there(**changes) -> dict[str, There]:
+    fields = {name: getattr(IDLE_PREFILL, name) for name in IDLE_PREFILL.__dataclass_fields__}
+    return {"a": There(**(fields | changes))}
+
+
+BUSY = here(rows=150, used=120_000)
+"""Room for one more prompt."""
+FULL = here(rows=190, used=118_200)
+"""520 tokens are left: for a remote prompt's reserve only."""
+
+
+def test_decide_busy_decode_and_idle_prefill_offloads_the_whole_prompt():
+    auto = decider()
+    decision = auto.decide("r", 512, "a", BUSY, there())
+    assert decision == policy.Decision(512, policy.Reason.HIDDEN)
+    assert auto.decisions == {"hidden": 1} and auto.admission.waiting == {"r": 0}
+
+
+def test_decide_idle_decode_keeps_a_short_prompt():
+    decision = decider().decide("r", 512, "a", here(rows=0, used=0), there())
+    assert decision is not None and decision.split == 0
+
+
+def test_decide_full_decode_offloads_what_would_not_fit():
+    auto = decider()
+    decision = auto.decide("r", 512, "a", FULL, there())
+    assert decision is not None and decision.split == 512
+    assert auto.state.pressed
+
+
+@pytest.mark.parametrize("changes", [{"pinned_tokens": 180_000}, {"lanes_in_use": 256}], ids=["pool", "lanes"])
+def test_decide_full_prefill_keeps_the_request_here(changes):
+    auto = decider()
+    assert auto.decide("r", 512, "a", BUSY, there(**changes)) == policy.Decision(0, policy.Reason.CAP)
+    assert auto.admission.waiting == {"r": 512}
+
+
+def test_decide_both_full_waits_and_leaves_no_trace():
+    auto = decider()
+    before = auto.state
+    assert auto.decide("r", 512, "a", FULL, there(lanes_in_use=256)) is None
+    assert (auto.state, auto.decisions, auto.admission.waiting) == (before, {}, {})
+
+
+def test_decide_no_request_on_decode_is_never_held():
+    """What does not even fit into an empty pool is for SGLang's own admission to answer."""
+    small = Here(pool_tokens=400, budget_tokens=400, used_tokens=0, rows=0)
+    assert decider().decide("r", 600, "a", small, {}) == policy.Decision(0, policy.Reason.NO_PEER)
+
+
+def test_decide_busy_prefill_is_left_alone():
+    decision = decider().decide("r", 512, "a", BUSY, there(prefill_load=0.95))
+    assert decision is not None and decision.split == 0
+
+
+def test_decide_load_of_prefill_does_not_matter_where_the_executor_has_sms_of_its_own():
+    decision = decider().decide("r", 512, "a", BUSY, there(prefill_load=0.95, executor_share=0.36))
+    assert decision is not None and decision.split == 512
+
+
+def test_decide_ttft_objective_leaves_prefill_more_of_its_time():
+    busy = there(prefill_load=0.5)
+    loose, strict = decider(slo_ttft_s=5.0), decider(slo_ttft_s=0.02)
+    assert loose.decide("r", 512, "a", BUSY, busy).split == 512
+    assert strict.decide("r", 512, "a", BUSY, busy).split == 0
+
+
+def test_decide_unreported_instance_keeps_the_request_local():
+    assert decider().decide("r", 512, "a", BUSY, {}) == policy.Decision(0, policy.Reason.NO_PEER)
+
+
+@given(
+    prompts=st.lists(st.integers(1, 3_000), min_size=1, max_size=40),
+    rows=st.integers(1, 200),
+    used=st.integers(0, POOL),
+    pinned=st.integers(0, POOL),
+)
+def test_decide_requests_decided_without_a_row_never_promise_more_than_the_budget(prompts, rows, used, pinned):
+    auto, now, peers = decider(), here(rows=rows, used=used), there(pinned_tokens=pinned)
+    for number, prompt in enumerate(prompts):
+        if auto.decide(str(number), prompt, "a", now, peers) is None:
+            break
+    waiting = auto.admission.waiting
+    assert sum(waiting.values()) + RESERVE * len(waiting) <= max(now.budget_tokens, 0)
+    assert sum(auto.decisions.values()) == len(waiting)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["decided", "placed", "gone"]), st.integers(0, 99))))
+def test_admission_any_order_of_events_counts_each_request_once(events):
+    admission, placed = Admission(), {}
+    for rid, event, tokens in events:
+        if event == "gone":
+            admission.gone(rid)
+            placed.pop(rid, None)
+        else:
+            getattr(admission, event)(rid, tokens)
+            if event == "placed":
+                placed[rid] = tokens
+                assert rid not in admission.waiting
+    assert admission.placed_prompts == sum(placed.values())
+    for rid in "abc":
+        admission.gone(rid)
+    assert admission.placed_prompts == 0 and not admission.waiting
+
+
+def test_answered_lengths_raise_what_local_attention_is_expected_to_read():
+    """A young batch of equal answers: what it will read decides, so more is offloaded than by what it reads now."""
+    young, fleet = here(rows=100, used=20_000), there(attended_tokens=30_000, lanes_in_use=80)
+    fresh, experienced = decider(), decider()
+    for _ in range(20):
+        experienced.answered(512)
+    for auto in (fresh, experienced):
+        for number in range(100):
+            auto.admission.placed(f"old{number}", 100)
+    assert fresh.decide("r", 512, "a", young, fleet).split == 0
+    assert experienced.decide("r", 512, "a", young, fleet).split == 512
+
+
+def test_observe_long_waits_slow_the_executors_rate_down():
+    auto = decider()
+    for _ in range(auto.settings.patience):
+        auto.observe(policy.Observation(peer="a", steps=100, step_s=0.02, predicted_step_s=0.02, exposed_wait_s=0.01))
+    assert auto.state.rates["a"] < 1.0
+    slower = auto.predicted_step_s(BUSY, there(attended_tokens=200_000, lanes_in_use=100))
+    assert slower > decider().predicted_step_s(BUSY, there(attended_tokens=200_000, lanes_in_use=100))
+
+
+@given(st.floats(1e-3, 1.0), st.floats(1e-3, 10.0))
+def test_most_utilisation_is_where_the_predicted_ttft_meets_the_objective(service_s, slo_s):
+    load = most_utilisation(service_s, slo_s)
+    assert 0.0 <= load <= 1.0
+    if 0.0 < load < 0.89:
+        at = PrefillLoad(requests_s=load / service_s, prompt_tokens=1000)
+        assert predicted_ttft_s(at, 1000 / service_s) == pytest.approx(MARGIN * slo_s, rel=1e-6)
+
+
+def test_step_times_report_each_link_once_a_window():
+    times = StepTimes()
+
+    def window(steps: int, wait_s: float) -> list[policy.Observation]:
+        for number in range(OBSERVE_STEPS):
+            wanted = times.add(0.02)
+            assert wanted == ((number + 1) % PREDICT_EVERY == 0)
+            if wanted:
+                times.predicted(0.025)
+            links = [LinkTotals(3, "a", steps, wait_s), LinkTotals(4, "b", 0, 0.0)]
+            seen = times.observations(links)
+            assert not seen or number == OBSERVE_STEPS - 1
+        return seen
+
+    (first,) = window(80, 0.4)
+    assert (first.peer, first.steps) == ("a", 80)
+    assert (first.step_s, first.predicted_step_s, first.exposed_wait_s) == pytest.approx((0.02, 0.025, 0.005))
+    (second,) = window(180, 0.4)
+    assert (second.steps, second.exposed_wait_s) == (100, 0.0)
+    assert window(180, 0.4) == []
+
+
+def test_load_meter_approaches_the_busy_share_and_forgets():
+    meter = LoadMeter()
+    now = 0.0
+    for number in range(4000):
+        now += WINDOW_S / 400
+        meter.tick(now, busy=number % 4 == 0)
+    assert meter.load == pytest.approx(0.25, abs=0.02)
+    meter.tick(now + 10 * WINDOW_S, busy=False)
+    assert 0.0 <= meter.load < 1e-4
+    meter.tick(now + 20 * WINDOW_S, busy=True)
+    assert meter.load == pytest.approx(1.0, abs=1e-4) and meter.load <= 1.0
+
+
+def test_settings_of_a_request_keep_everything_but_prefills_utilisation():
+    auto = decider(slo_ttft_s=0.02, min_tokens=7)
+    changed = auto._settings_for(512)
+    assert changed.prefill_utilisation < auto.settings.prefill_utilisation
+    assert msgspec.structs.replace(changed, prefill_utilisation=auto.settings.prefill_utilisation) == auto.settings
