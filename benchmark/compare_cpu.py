@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder (default: the demo model)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--ratio", type=float, default=0.7, help="offload ratio of adrenaline (default 0.7)")
+    parser.add_argument("--ratio", default="0.7", help="offload ratio of adrenaline, a number or auto (default 0.7)")
     parser.add_argument("--requests", type=int, default=32, help="requests per round (default 32)")
     parser.add_argument("--concurrency", type=int, default=8, help="requests at a time (default 8)")
     parser.add_argument("--input-len", type=int, default=300, help="longest prompt, tokens (default 300)")

@@ -1,7 +1,7 @@
 """The systems that are compared, as server groups on the same GPUs: stock DP2, stock PD, Adrenaline.
 
 Named on the command line as `dp2`, `pd`, `pd:nixl`, `pd:local`, `pd:mooncake`, `adrenaline:0.7`, `adrenaline:0.7:nixl`
-(offload ratio, then transfer backend), `adrenaline:0.7:sms=48` (SMs that are the executor's alone).
+(offload ratio or `auto`, then transfer backend), `adrenaline:0.7:sms=48` (SMs that are the executor's alone).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "test" / "e2e"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "test" / "gpu"))
@@ -30,7 +31,7 @@ class System:
     text: str
     kind: str
     transfer: str | None = None
-    ratio: float | None = None
+    ratio: float | Literal["auto"] | None = None
     executor_sms: int | None = None
 
     @staticmethod
@@ -40,8 +41,10 @@ class System:
         transfer = rest.pop() if rest and rest[-1] in TRANSFERS else None
         sms = rest.pop().removeprefix("sms=") if rest and rest[-1].startswith("sms=") else None
         try:
-            if kind == "adrenaline" and len(rest) == 1 and 0 <= float(rest[0]) <= 1:
-                return System(text, kind, transfer, float(rest[0]), None if sms is None else int(sms))
+            if kind == "adrenaline" and len(rest) == 1:
+                ratio: float | Literal["auto"] = "auto" if rest[0] == "auto" else float(rest[0])
+                if ratio == "auto" or 0 <= ratio <= 1:
+                    return System(text, kind, transfer, ratio, None if sms is None else int(sms))
             if sms is not None:
                 raise ValueError
             if kind == "dp2" and not rest and transfer is None:
@@ -50,7 +53,7 @@ class System:
                 return System(text, kind, transfer)
         except ValueError:
             pass
-        raise ValueError(f"{text!r} is none of dp2, pd[:TRANSFER], adrenaline:RATIO[:sms=N][:TRANSFER]")
+        raise ValueError(f"{text!r} is none of dp2, pd[:TRANSFER], adrenaline:RATIO|auto[:sms=N][:TRANSFER]")
 
 
 @dataclass

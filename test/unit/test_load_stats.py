@@ -137,6 +137,7 @@ def test_system_names_are_parsed():
     assert System.parse("pd:nixl") == System("pd:nixl", "pd", "nixl")
     assert System.parse("adrenaline:0.7") == System("adrenaline:0.7", "adrenaline", None, 0.7)
     assert System.parse("adrenaline:0:local").transfer == "local"
+    assert System.parse("adrenaline:auto:sms=48") == System("adrenaline:auto:sms=48", "adrenaline", None, "auto", 48)
     for text in ("", "dp3", "dp2:nixl", "pd:carrier", "adrenaline", "adrenaline:2", "adrenaline:much", "pd:0.5"):
         with pytest.raises(ValueError):
             System.parse(text)
