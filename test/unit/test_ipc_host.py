@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -172,3 +173,9 @@ def test_watched_process_may_be_asked_by_many_threads_at_once():
     child.kill()
     child.wait(10)
     assert watched.has_ended()
+
+
+def test_kernel_sources_lie_in_the_package_which_a_wheel_is_made_of():
+    package = pathlib.Path(kernels.__file__).parent
+    assert (package / "flashinfer_ext" / "csrc" / "put.cu").is_file()
+    assert kernels.source_folder().samefile(package / "flashinfer_ext")
