@@ -178,12 +178,11 @@ def _dotted(arch: str) -> str:
 
 
 def source_folder() -> pathlib.Path:
-    """`flashinfer_ext/`: beside `python/` in a checkout, inside the package otherwise."""
-    package = pathlib.Path(__file__).resolve().parent
-    for folder in (package.parents[1] / "flashinfer_ext", package / "flashinfer_ext"):
-        if (folder / "csrc").is_dir():
-            return folder
-    raise ChannelError("flashinfer_ext/ is missing from this installation")
+    """`flashinfer_ext/`, which lies in the package (in a checkout by a link). Raises ChannelError."""
+    folder = pathlib.Path(__file__).resolve().parent / "flashinfer_ext"
+    if not (folder / "csrc").is_dir():
+        raise ChannelError("flashinfer_ext/ is missing from this installation")
+    return folder
 
 
 def main() -> None:
