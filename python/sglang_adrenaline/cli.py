@@ -1,4 +1,4 @@
-"""Pieces of the commands' argument parsing: errors of one line, checked numbers. For `simulate` and `profile`."""
+"""Pieces of the commands' argument parsing: errors of one line, checked numbers."""
 
 from __future__ import annotations
 

@@ -5,15 +5,13 @@ The decode server of this group retracts a request every few steps, so that some
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import pytest
 import requests
 import servers
-from cases import prompt
+from background import Client
 from compare import check_equal, generate_all, with_split
 from servers import Group, wait_until
 from test_lifecycle import wait_for_nothing_left
@@ -30,34 +28,6 @@ def mortal(tiny_model, logs, reference) -> Iterator[Group]:
     group.servers["decode"].env |= RETRACT_ENV
     with group:
         yield group.start()
-
-
-@dataclass
-class Client:
-    """One request in a thread of its own; `ended` is when its answer was complete."""
-
-    url: str
-    split: int
-    tokens: int
-    seed: int
-    status: int = 0
-    text: str = ""
-    ended: float = 0.0
-    thread: threading.Thread = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.thread = threading.Thread(target=self._ask, daemon=True)
-        self.thread.start()
-
-    def _ask(self) -> None:
-        sampling = {"temperature": 0, "max_new_tokens": self.tokens, "ignore_eos": True}
-        payload = with_split({"input_ids": prompt(self.seed, 120), "sampling_params": sampling}, self.split)
-        try:
-            reply = requests.post(f"{self.url}/generate", json=payload, timeout=120)
-            self.status, self.text = reply.status_code, reply.text
-        except requests.RequestException as error:
-            self.status, self.text = -1, repr(error)
-        self.ended = time.monotonic()
 
 
 def test_retracted_requests_give_the_same_tokens(mortal, reference):

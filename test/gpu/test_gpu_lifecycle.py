@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import aiohttp
 import pytest
-import requests
+from background import Client
 from cases import prompt
 from compare import with_split
 from servers import Group, wait_until
@@ -25,32 +23,8 @@ NUM_REQUESTS = 150
 DEATH_BOUND_S = 10.0
 
 
-@dataclass
-class Client:
-    """One request in a thread of its own; `ended` is the time of `time.monotonic` when its answer was complete."""
-
-    url: str
-    split: int
-    tokens: int
-    seed: int
-    status: int = 0
-    text: str = ""
-    ended: float = 0.0
-    thread: threading.Thread = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.thread = threading.Thread(target=self._ask, daemon=True)
-        self.thread.start()
-
-    def _ask(self) -> None:
-        sampling = {"temperature": 0, "max_new_tokens": self.tokens, "ignore_eos": True}
-        body = with_split({"input_ids": prompt(self.seed, 300), "sampling_params": sampling}, self.split)
-        try:
-            reply = requests.post(f"{self.url}/generate", json=body, timeout=100)
-            self.status, self.text = reply.status_code, reply.text
-        except requests.RequestException as error:
-            self.status, self.text = -1, repr(error)
-        self.ended = time.monotonic()
+def ask(group: Group, split: int, tokens: int, seed: int) -> Client:
+    return Client(group.url, split, tokens, seed, prompt_len=300, timeout_s=100)
 
 
 async def _mixed_load(url: str, seed: int) -> list[int]:
@@ -96,8 +70,8 @@ def test_mixed_requests_with_aborts_leave_nothing_behind(fleet):
 @pytest.mark.parametrize("variant", ["gqa"])
 def test_kill_prefill_offloaded_requests_end_and_local_ones_finish(fleets, variant):
     group = fleets[variant].ours
-    remote = [Client(group.url, split=-1, tokens=3500, seed=seed) for seed in (1, 2, 3, 4)]
-    local = [Client(group.url, split=0, tokens=1500, seed=seed) for seed in (5, 6)]
+    remote = [ask(group, split=-1, tokens=3500, seed=seed) for seed in (1, 2, 3, 4)]
+    local = [ask(group, split=0, tokens=1500, seed=seed) for seed in (5, 6)]
     until(lambda: _running(group) >= 6, 30, "all requests run", remote + local)
     group.kill("prefill")
     died = time.monotonic()
@@ -117,7 +91,7 @@ def test_kill_prefill_offloaded_requests_end_and_local_ones_finish(fleets, varia
 @pytest.mark.parametrize("variant", ["mha"])
 def test_kill_decode_prefill_unpins_in_time(fleets, variant):
     group = fleets[variant].ours
-    clients = [Client(group.url, split=-1, tokens=3500, seed=seed) for seed in (7, 8, 9)]
+    clients = [ask(group, split=-1, tokens=3500, seed=seed) for seed in (7, 8, 9)]
     until(lambda: group.status("prefill")["running"]["offloaded"] == 3, 30, "all are pinned", clients)
     group.kill("decode")
     died = time.monotonic()
@@ -153,7 +127,7 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str, clients: l
 
 def _offloading_works(group: Group) -> bool:
     before = group.status("decode")["totals"]["offloaded"]
-    client = Client(group.url, split=-1, tokens=3, seed=10)
+    client = ask(group, split=-1, tokens=3, seed=10)
     client.thread.join(30)
     time.sleep(0.5)  # the end of a request is counted a moment after its answer
     return client.status == 200 and group.status("decode")["totals"]["offloaded"] == before + 1

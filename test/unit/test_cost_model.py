@@ -5,23 +5,15 @@ import math
 
 import msgspec
 import pytest
+from figures_of_models import LLAMA2_7B
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_adrenaline.cost_model import CostModel
 from sglang_adrenaline.errors import ConfigError
-from sglang_adrenaline.figures import ModelFigures, model_from_config
+from sglang_adrenaline.figures import model_from_config
 from sglang_adrenaline.profile_data import datasheet_profile, encode_profile, load_profile, write_whole
 
-LLAMA2_7B = ModelFigures(
-    num_layers=32,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_qo_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    vocab_size=32000,
-)
 H100 = CostModel(datasheet_profile("NVIDIA H100 80GB HBM3", LLAMA2_7B))
 
 

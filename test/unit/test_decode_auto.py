@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from figures_of_models import LLAMA2_7B
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,22 +10,12 @@ from sglang_adrenaline import policy
 from sglang_adrenaline.cost_model import CostModel
 from sglang_adrenaline.decode.auto import Admission, Here, LoadDecider, There, most_utilisation
 from sglang_adrenaline.decode.step_times import OBSERVE_STEPS, PREDICT_EVERY, LinkTotals, StepTimes
-from sglang_adrenaline.figures import ModelFigures
 from sglang_adrenaline.policy import PrefillLoad
 from sglang_adrenaline.policy.sm_share import MARGIN, predicted_ttft_s
 from sglang_adrenaline.prefill.load_meter import WINDOW_S, LoadMeter
 from sglang_adrenaline.profile_data import datasheet_profile
 
-LLAMA_7B = ModelFigures(
-    num_layers=32,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_qo_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    vocab_size=32000,
-)
-COST = CostModel(datasheet_profile("H200", LLAMA_7B))
+COST = CostModel(datasheet_profile("H200", LLAMA2_7B))
 RESERVE = 512
 POOL = 216_000
 IDLE_PREFILL = There(pool_tokens=POOL, pinned_tokens=0, attended_tokens=0, lanes=256, lanes_in_use=0, prefill_load=0.0)

@@ -3,13 +3,13 @@
 import json
 
 import pytest
+from figures_of_models import LLAMA2_7B
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sglang_adrenaline import policy
 from sglang_adrenaline.cost_model import CostModel
-from sglang_adrenaline.figures import ModelFigures
 from sglang_adrenaline.profile_data import datasheet_profile
 from sglang_adrenaline.simulate import trace
 from sglang_adrenaline.simulate.__main__ import main
@@ -24,15 +24,6 @@ CONFIG = {
     "num_attention_heads": 32,
     "vocab_size": 32000,
 }
-LLAMA2_7B = ModelFigures(
-    num_layers=32,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_qo_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    vocab_size=32000,
-)
 COST = CostModel(datasheet_profile("H100", LLAMA2_7B))
 
 runs = {

@@ -39,10 +39,14 @@ class WatchedProcess:
             raise ChannelError(f"process {pid} is not there: {error}") from None
 
     def has_ended(self) -> bool:
-        """From any thread."""
-        poll = select.poll()  # one of its own: a poll object refuses to be used by two threads at a time
-        poll.register(self._pidfd.fd, select.POLLIN)
-        return bool(poll.poll(0))
+        return has_ended(self._pidfd.fd)
+
+
+def has_ended(pidfd: int) -> bool:
+    """Whether the process is gone, be it a zombie. From any thread."""
+    poll = select.poll()  # one of its own: a poll object refuses to be used by two threads at a time
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def create(name: str, num_bytes: int) -> OwnedFd:

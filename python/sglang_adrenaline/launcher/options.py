@@ -6,9 +6,9 @@ import argparse
 import os
 import shlex
 from dataclasses import dataclass
-from typing import NoReturn
 
 from sglang_adrenaline import config
+from sglang_adrenaline.cli import OneLineParser
 from sglang_adrenaline.errors import ConfigError
 from sglang_adrenaline.launcher import gpus
 from sglang_adrenaline.launcher.ports import check_free, choose_bootstrap_port, control_port, port_number
@@ -39,15 +39,8 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises ConfigError instead of printing its usage and leaving."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-def _make_parser() -> _Parser:
-    parser = _Parser(
+def _make_parser() -> OneLineParser:
+    parser = OneLineParser(
         prog=PROG,
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -126,14 +119,14 @@ class Plan:
 
 def role_of(argv: list[str]) -> config.Role | None:
     """Value of --disaggregation-mode. Raises ConfigError if it is neither prefill nor decode."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--disaggregation-mode", choices=("prefill", "decode"))
     return parser.parse_known_args(argv)[0].disaggregation_mode
 
 
 def split_server_argv(argv: list[str], role: config.Role) -> tuple[config.AdrenalineConfig, list[str]]:
     """Separate our flags from SGLang's for a single server. Raises ConfigError."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
     config.add_cli_args(parser)
     args, rest = parser.parse_known_args(argv)
     return config.config_from_args(args, role), rest
@@ -225,6 +218,6 @@ def _join_quoted(argv: list[str]) -> list[str]:
 
 
 def _value_of(argv: list[str], flag: str) -> str | None:
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument(flag, dest="value")
     return parser.parse_known_args(argv)[0].value

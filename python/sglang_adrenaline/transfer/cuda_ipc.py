@@ -21,10 +21,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from sglang_adrenaline.channel.ipc_memory import PeerMemory
+from sglang_adrenaline.channel.memfd import has_ended
 from sglang_adrenaline.errors import ChannelError, ConfigError
 from sglang_adrenaline.transfer import copy_kernel, cuda_memory
 from sglang_adrenaline.transfer.copier import Copier
-from sglang_adrenaline.transfer.process_vm import ProcessVmEngine, Session, check_alive, has_ended, open_process
+from sglang_adrenaline.transfer.process_vm import ProcessVmEngine, Session, check_alive, open_process
 from sglang_adrenaline.transfer.published import PublishedSession, TableReader, TableWriter
 from sglang_adrenaline.transfer.regions import HOST, Allocation, Region, RegionIndex, Regions, int64
 

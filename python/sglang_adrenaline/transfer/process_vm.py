@@ -11,13 +11,13 @@ import ctypes
 import errno
 import logging
 import os
-import select
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from sglang_adrenaline.channel.memfd import has_ended
 from sglang_adrenaline.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -217,13 +217,6 @@ def check_alive(pid: int, pidfd: int) -> None:
     """Raises ProcessLookupError if the process has ended."""
     if has_ended(pidfd):
         raise ProcessLookupError(errno.ESRCH, f"process {pid} has ended")
-
-
-def has_ended(pidfd: int) -> bool:
-    """Whether the process is gone, be it a zombie."""
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    return bool(poller.poll(0))
 
 
 def _hint(code: int) -> str:
