@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "test" / "gpu"))
 
 from compare_report import Report, Run
 from gpu_servers import Gpus
+from kernel_trace import Recording
 from load_client import Load, Record
 from load_stats import Slo, summarize
 from monitor import Monitor
@@ -59,6 +61,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workload-timeout", type=float, default=180.0, help="seconds for one run of a workload")
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for everything; nothing starts after it")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trace-at", type=float, metavar="S", help="record kernels S seconds into saturated workloads")
+    parser.add_argument("--trace-steps", type=int, default=12, help="forward passes a server records (default 12)")
     return parser.parse_args(argv)
 
 
@@ -142,19 +146,28 @@ class Comparison:
             run.error = "no time left"
             return
         before = _status(deployment)
-        with Monitor(deployment.watched) as monitor:
+        trace = self._trace(system, deployment, workload)
+        with Monitor(deployment.watched, ours=deployment.decode is not None) as monitor, trace:
             limit = min(max(self.args.workload_timeout, workload.seconds), self.left())
             records = self._drive(system, deployment, workload, limit, seed=self.args.seed + round_)
         time.sleep(SETTLE_S)
         run.summary = summarize(records, workload, self.report.slo)
         run.servers = {name: asdict(use) for name, use in monitor.servers.items()}
         run.gpus = {index: asdict(use) for index, use in monitor.gpus.items()}
+        run.timeline = monitor.timeline
         self._add_offloading(run, before, _status(deployment))
         run.left_over = _left_over(deployment)
         say(f"{system.text}, {workload.title}, round {round_ + 1}: {run.summary.output_tok_s:.0f} tok/s")
         self.save()
         if all(record.error for record in records):
             raise RuntimeError(f"every request of {workload.title} failed: {run.summary.first_error}")
+
+    def _trace(self, system: System, deployment: Deployment, workload: Workload) -> AbstractContextManager:
+        """Lets the servers record their kernels once, --trace-at seconds into a saturated workload."""
+        if self.args.trace_at is None or workload.kind != "saturated":
+            return nullcontext()
+        folder = self.args.out / "traces" / system.text.replace(":", "-")
+        return Recording(deployment.watched, folder, self.args.trace_at, self.args.trace_steps)
 
     def _add_offloading(self, run: Run, before: dict, after: dict) -> None:
         if not before or not after:
@@ -249,6 +262,7 @@ def main(argv: list[str]) -> int:
         print(comparison.report.tables())
         try:
             comparison.report.plot(args.out / "compare.png")
+            comparison.report.plot_timelines(args.out)
         except ImportError as error:
             say(f"no picture: {error}")
     done = {(run.system, run.workload) for run in comparison.report.runs if run.summary is not None}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from load_stats import Slo, Summary
+from timeline import Sample, draw
 
 HEADER = (
     "system",
@@ -49,6 +50,8 @@ class Run:
     launch_lag_us: float | None = None
     """Mean of all steps so far: from decode's announcement of a step to the executor's launch."""
     plans_per_step: float | None = None
+    timeline: list[Sample] = field(default_factory=list)
+    """Of our servers while the workload ran."""
     left_over: list[str] = field(default_factory=list)
     """What was still held for offloaded requests after all had ended."""
 
@@ -111,6 +114,13 @@ class Report:
         figure.tight_layout()
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
+
+    def plot_timelines(self, folder: Path) -> None:
+        """A picture for each run of ours that was watched. Raises ImportError without matplotlib."""
+        for number, run in enumerate(self.runs):
+            if len(run.timeline) > 2:
+                title = f"{run.system}, {run.workload}"
+                draw(run.timeline, title, folder / f"timeline-{number}-{run.system.replace(':', '-')}.png")
 
     def _of(self, system: str, workload: str) -> list[Run]:
         return [run for run in self.runs if run.system == system and run.workload == workload]

@@ -12,7 +12,8 @@
 #   compare7b compare8b rates7b idle7b  the comparisons of docs/gpu-results.md
 #   ratios7b                            one start of ours, several offload ratios set by the client
 #   soak                                10 minutes of load (a call of its own)
-# Environment: SYSTEMS, RATIO, SERVER_ARGS, ADRENALINE_ARGS, CONCURRENCY, SECONDS_EACH, LIMIT (seconds for a step).
+# Environment: SYSTEMS, RATIO, SERVER_ARGS, ADRENALINE_ARGS, CONCURRENCY, SECONDS_EACH, LIMIT (seconds for a step), TRACE_AT
+# (record kernels so many seconds into saturated workloads).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-/tmp/gpu-out}
@@ -34,10 +35,8 @@ step() { # name seconds command...
   ((status > worst)) && worst=$status
   find "$work" -name '*.log' -size +8M -exec truncate -s 8M {} +
   tar czf "$OUT/logs.tar.gz" --exclude='*.safetensors' --exclude='tokenizer*' --exclude=key -C "$work" . 2>/dev/null
-  for kind in json png txt; do
-    for file in "$work"/*/compare.$kind; do
-      [[ -f $file ]] && cp "$file" "$OUT/$(basename "$(dirname "$file")").$kind"
-    done
+  for file in "$work"/*/{compare.{json,png,txt},timeline-*.png}; do
+    [[ -f $file ]] && cp "$file" "$OUT/$(basename "$(dirname "$file")").${file##*/}"
   done
 }
 
@@ -59,7 +58,11 @@ compare() { # name seconds model workload...
   for workload in "$@"; do workloads+=(--workload "$workload"); done
   lines=60 step "$name" "$limit" python3 benchmark/compare.py --model-path "$model" --out "$work/$name" \
     --systems "${systems[@]}" --budget $((${LIMIT:-$limit} - 20)) "--server-args=${SERVER_ARGS:-}" \
-    "--adrenaline-args=${ADRENALINE_ARGS:-}" "${workloads[@]}"
+    "--adrenaline-args=${ADRENALINE_ARGS:-}" ${TRACE_AT:+--trace-at "$TRACE_AT"} "${workloads[@]}"
+  local traces=("$work/$name"/traces/*/*/*.json.gz)
+  if [[ -f ${traces[0]} ]]; then
+    lines=120 step "$name-kernels" 90 python3 benchmark/kernel_trace.py "${traces[@]}"
+  fi
 }
 open=${CONCURRENCY:-640}
 span=${SECONDS_EACH:-45}

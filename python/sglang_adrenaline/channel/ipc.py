@@ -292,6 +292,11 @@ class IpcExecutorEnd(IpcEnd):
     def steps_done(self) -> int:
         return self._host.status.steps_done
 
+    @property
+    def waited_s(self) -> float:
+        """For the queries of steps that are done, their first layers excepted, as the GPU measured it."""
+        return self._host.status.wait_ns * 1e-9
+
     def wait_call(self, timeout_s: float) -> Call | None:
         """As in `base`, but returns when the call can be enqueued for: its q is complete when the stream gets there."""
         deadline = time.monotonic() + timeout_s

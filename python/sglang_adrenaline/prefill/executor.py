@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,6 +54,10 @@ class AttentionExecutor(Protocol):
     def launch_lag_s(self) -> float:
         """Mean time from decode's announcement of a step to the launch of its work; 0 where nothing is launched."""
 
+    @property
+    def waited_s(self) -> float:
+        """Time spent waiting for the queries of a step that had begun."""
+
     def stop(self, reason: str) -> None:
         """End the executor; when this returns no KV is read any more."""
 
@@ -71,6 +76,7 @@ class ThreadExecutor:
         self._plan_lanes: tuple[int, ...] | None = None
         self._plan: RaggedPlan | None = None
         self._plans = 0
+        self._waited_s = 0.0
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"attention-executor-{name}", daemon=True)
         self._thread.start()
@@ -97,6 +103,10 @@ class ThreadExecutor:
     def launch_lag_s(self) -> float:
         return 0.0
 
+    @property
+    def waited_s(self) -> float:
+        return self._waited_s
+
     def stop(self, reason: str) -> None:
         self._stopping = True
         self._end.abort(reason)
@@ -111,8 +121,11 @@ class ThreadExecutor:
         try:
             with torch.no_grad():
                 while not self._stopping:
+                    begun = time.monotonic()
                     call = self._end.wait_call(POLL_S)
                     if call is not None:
+                        if call.layer > 0:
+                            self._waited_s += time.monotonic() - begun
                         self._answer(call)
         except ChannelError as error:
             if not self._stopping:

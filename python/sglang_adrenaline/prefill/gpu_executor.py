@@ -221,6 +221,10 @@ class GpuExecutor:
         """Mean time from the announcement of a step by decode's host to its launch here, plans included."""
         return self._launch_lag_s / self._launches if self._launches else 0.0
 
+    @property
+    def waited_s(self) -> float:
+        return self._end.waited_s
+
     def _plan(self, lanes: frozenset[int]) -> int:
         """For the lanes of a step, with the slots that they have now; returns the bucket."""
         assert self._graphs is not None and self._stream is not None

@@ -70,6 +70,7 @@ class PrefillRuntime:
         self._num_sessions = 0
         self._steps_gone = 0
         self._plans_gone = 0
+        self._waited_gone_s = 0.0
         self._lock = threading.Lock()
         self._stats_sent = 0.0
         self._load = LoadMeter()
@@ -290,6 +291,7 @@ class PrefillRuntime:
             if self._sessions.get(session.peer) is not session and self.pins.forget_peer(key):
                 self._steps_gone += session.executor.steps_done
                 self._plans_gone += session.executor.plans
+                self._waited_gone_s += session.executor.waited_s
                 del self._executors[key]
         now = time.monotonic()
         self._load.tick(now, compat.runs_prompts(self._scheduler))
@@ -378,6 +380,9 @@ class PrefillRuntime:
             "steps": self._steps_gone + sum(executor.steps_done for executor in executors),
             "plans": self._plans_gone + sum(executor.plans for executor in executors),
             "launch_lag_us": round(1e6 * max((executor.launch_lag_s for executor in executors), default=0.0), 1),
+            "executor_wait_ms_total": round(
+                1e3 * (self._waited_gone_s + sum(executor.waited_s for executor in executors)), 3
+            ),
             "totals": {"offloaded": self.offloaded_total, "unpinned": self.unpinned_total},
             "offloaded_total": self.offloaded_total,
             "nacks": dict(self.pins.nacks),
