@@ -15,8 +15,11 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from sglang_adrenaline.errors import ConfigError
+from sglang_adrenaline.router.__main__ import parse
 from sglang_adrenaline.router.app import Settings, create_app
-from sglang_adrenaline.router.servers import MAX_ROOM, Pair, Pool, Server
+from sglang_adrenaline.router.servers import MAX_ROOM, Fleet, Pair, Server
+from sglang_adrenaline.router.servers_file import read_servers
 
 Handler = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
 TIMEOUT_S = 20
@@ -319,15 +322,163 @@ def test_unknown_path_is_a_404_that_says_so():
     run(test)
 
 
-def test_choose_prefers_few_in_flight_and_avoids_a_refusing_server():
-    first, second = Server("http://a"), Server("http://b")
-    pool = Pool([first, second])
-    assert {pool.choose().url for _ in range(4)} == {"http://a", "http://b"}
-    with Pair(first, first).busy():
-        assert {pool.choose().url for _ in range(4)} == {"http://b"}
-        second.refused()
-        assert {pool.choose().url for _ in range(4)} == {"http://a"}
+# ---- several servers ------------------------------------------------------------------------------------------------
+
+DEAD = "http://127.0.0.1:9"
+
+
+def test_choose_prefers_few_in_flight_and_passes_over_what_is_down():
+    first, second = Server("http://a", 1), Server("http://b", 1)
+    fleet = Fleet([first, second])
+
+    def chosen() -> set[Server | None]:
+        return {fleet.choose("prefill") for _ in range(64)}
+
+    assert chosen() == {first, second}
+    with Pair(first, Server("http://d")).busy():
+        assert chosen() == {second}
+        fleet.suspect(second, "refused")
+        assert chosen() == {first}
+        fleet.suspect(first, "refused")
+        assert chosen() == {second}, "all are down: then the one with fewest requests"
     assert first.in_flight == 0
+    assert fleet.choose("decode") is None
+
+
+def test_replace_keeps_the_state_of_servers_that_stay():
+    fleet = Fleet([Server("http://a", 1), Server("http://b", 1)], [Server("http://d")])
+    stays, leaves = fleet.prefill
+    stays.in_flight = 3
+    fleet.replace([Server("http://c", 1), Server("http://a", 1)], [])
+    assert stays in fleet.prefill and leaves not in fleet.prefill
+    assert [server.url for server in fleet.servers] == ["http://c", "http://a"]
+
+
+@asynccontextmanager
+async def fleet_bench(app_settings: Settings) -> AsyncIterator[Bench]:
+    async with serve(create_app(app_settings)) as url, aiohttp.ClientSession() as client:
+        yield Bench(url, Upstream(ok), Upstream(ok), client)
+
+
+@asynccontextmanager
+async def upstream(answer: Handler = ok) -> AsyncIterator[tuple[str, Upstream]]:
+    server = Upstream(answer)
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", server.handle)
+    async with serve(app) as url:
+        yield url, server
+
+
+@pytest.mark.parametrize("dead_role", ["prefill", "decode"])
+def test_generation_goes_to_another_server_if_one_takes_no_connection(dead_role):
+    async def test():
+        async with upstream() as (prefill_url, prefill), upstream() as (decode_url, decode):
+            dead = Server(DEAD, 8998 if dead_role == "prefill" else None)
+            prefills, decodes = [Server(prefill_url, 8998)], [Server(decode_url)]
+            (prefills if dead_role == "prefill" else decodes).append(dead)
+            async with fleet_bench(Settings(prefills, decodes, TIMEOUT_S)) as b:
+                for _ in range(12):
+                    assert (await b.post({"text": "x"}))[0] == 200
+            rooms = [body["bootstrap_room"] for body in decode.bodies]
+            assert len(set(rooms)) == len(rooms) >= 12
+            assert {body["bootstrap_room"] for body in prefill.bodies} >= set(rooms[-1:])
+            assert dead.down
+
+    run(test)
+
+
+def test_generation_that_breaks_off_is_not_repeated_and_its_server_is_passed_over_until_it_is_healthy():
+    async def test():
+        healthy = asyncio.Event()
+
+        async def breaks(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+            if request.path == "/health":
+                return web.Response(status=200 if healthy.is_set() else 503)
+            request.transport.abort()
+            return web.Response()
+
+        async with (
+            upstream(breaks) as (bad_url, bad),
+            upstream() as (good_url, good),
+            upstream(hang) as (decode, _),
+        ):
+            prefills = [Server(bad_url, 1), Server(good_url, 2)]
+            prefills[1].in_flight = 1  # so that the first request goes to the bad one
+            async with fleet_bench(Settings(prefills, [Server(decode)], TIMEOUT_S)) as b:
+                status, text = await b.post({"text": "x"})
+                assert (status, bad_url in text) == (502, True)
+                assert bad.paths.count("/generate") == 1 and not good.paths
+                assert prefills[0].down
+                healthy.set()
+                while prefills[0].down:
+                    await asyncio.sleep(0.02)
+                assert prefills[0].in_flight == 0
+
+    run(test)
+
+
+def test_servers_file_servers_join_and_leave_and_a_wrong_file_changes_nothing(tmp_path):
+    file = tmp_path / "servers"
+
+    async def test():
+        async with upstream() as (first_url, first), upstream() as (second_url, second), upstream() as (decode_url, _):
+            file.write_text("# none yet\n")
+            settings = Settings(*read_servers(file), TIMEOUT_S, file)
+            async with fleet_bench(settings) as b:
+
+                async def until(status: int, upstream: Upstream | None) -> None:
+                    """Requests come to this end within some seconds."""
+                    while True:
+                        asked = len(upstream.paths) if upstream else 0
+                        if (await b.post({"text": "x"}))[0] == status and (
+                            upstream is None or len(upstream.paths) > asked
+                        ):
+                            return
+                        await asyncio.sleep(0.1)
+
+                await until(503, None)
+                file.write_text(f"prefill {first_url} 8998\ndecode {decode_url}  # the only one\n")
+                await until(200, first)
+                file.write_text(f"prefill {second_url} 8998\ndecode {decode_url}\n")
+                await until(200, second)
+                asked = len(first.paths)
+                file.write_text("prefill nonsense\n")
+                await asyncio.sleep(1.5)
+                for _ in range(8):
+                    assert (await b.post({"text": "x"}))[0] == 200
+                assert len(first.paths) == asked
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("decode http://a\nprefill http://b", "line 2: expected"),
+        ("prefill http://b many", "line 1: 'many' is not a port"),
+        ("decode ftp://b", "line 1: 'ftp://b' is not the URL of a server"),
+        ("router http://b", "line 1: expected"),
+    ],
+)
+def test_servers_file_mistakes_are_named_with_their_line(tmp_path, text, why):
+    (tmp_path / "servers").write_text(text)
+    with pytest.raises(ConfigError, match=why):
+        read_servers(tmp_path / "servers")
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        ([], "at least once each, or --servers-file"),
+        (["--prefill", "http://a", "1"], "at least once each"),
+        (["--prefill", "http://a", "x", "--decode", "http://b"], "--prefill: 'x' is not a port"),
+        (["--servers-file", "/no/such/file"], "cannot be read"),
+        (["--servers-file", "/no/such/file", "--decode", "http://b"], "not both"),
+    ],
+)
+def test_command_line_mistakes_are_one_line(argv, why):
+    with pytest.raises(ConfigError, match=why):
+        parse(argv)
 
 
 def test_file_limit_is_raised_as_far_as_it_may():

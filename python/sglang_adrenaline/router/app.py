@@ -1,22 +1,25 @@
 """The router's HTTP interface: which path goes where.
 
-One event loop, one thread. Servers are not polled: a server that cannot be reached is found out by the request that
-needed it, and used again by the next one, so an idle deployment stays idle and a restarted server is back at once.
+One event loop, one thread. Servers are not polled: one that cannot be reached is found out by the request that needed
+it, which goes to another one, and asked from then on until it is back. So an idle deployment stays idle.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
 from aiohttp import web
 
-from sglang_adrenaline.router.relay import Relay, error_response, forwarded_headers
-from sglang_adrenaline.router.servers import Pair, Pool, Server
+from sglang_adrenaline.router.relay import Relay, UnreachableError, error_response, forwarded_headers
+from sglang_adrenaline.router.servers import Fleet, Pair, Role, Server
+from sglang_adrenaline.router.servers_file import follow
 
 GENERATION = ("/generate", "/v1/chat/completions", "/v1/completions")
 ONE_SERVER = ("/v1/models", "/v1/models/{name}", "/model_info", "/get_model_info", "/tokenize", "/detokenize")
@@ -27,6 +30,10 @@ ALL_SERVERS_PROFILING = ("/start_profile", "/stop_profile", "/slow_down", "/conf
 """Sent to every server; the answer is the first failure, else decode's."""
 
 PROBE_TIMEOUT_S = 3.0
+RETURN_TIMEOUT_S = 10.0
+"""For a server that was down to show that it is up; on a busy one that takes as long as a step."""
+MAX_TRIES = 8
+"""How many pairs a request is given to that cannot be connected to."""
 MAX_BODY_BYTES = 512 * 2**20
 
 
@@ -35,6 +42,12 @@ class Settings:
     prefill: Sequence[Server]
     decode: Sequence[Server]
     request_timeout_s: float
+    servers_file: Path | None = None
+    """Takes the place of both lists, now and whenever it changes."""
+
+
+class NoServerError(Exception):
+    """There is no server of a role; the text says so."""
 
 
 class Router:
@@ -42,8 +55,7 @@ class Router:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._prefill = Pool(settings.prefill)
-        self._decode = Pool(settings.decode)
+        self._fleet = Fleet(settings.prefill, settings.decode)
         self._session: aiohttp.ClientSession | None = None
 
     async def lifetime(self, app: web.Application) -> Any:
@@ -52,7 +64,13 @@ class Router:
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
             self._session = session
+            tasks = [asyncio.create_task(self._fleet.watch(self._is_back))]
+            if self._settings.servers_file is not None:
+                tasks.append(asyncio.create_task(follow(self._settings.servers_file, self._fleet)))
             yield
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def session(self) -> aiohttp.ClientSession:
@@ -66,24 +84,44 @@ class Router:
             return error_response(400, f"the request body is not valid JSON: {error}")
         if not isinstance(body, dict):
             return error_response(400, "the request body must be a JSON object")
-        pair = Pair(self._prefill.choose(), self._decode.choose())
-        with pair.busy():
-            return await Relay(self.session, pair, request, body).run()
+        for tries_left in reversed(range(MAX_TRIES)):
+            try:
+                pair = Pair(self._choose("prefill"), self._choose("decode"))
+                with pair.busy():
+                    return await Relay(self.session, pair, request, body, self._fleet.suspect).run()
+            except NoServerError as error:
+                return error_response(503, str(error))
+            except UnreachableError as error:  # it is passed over from now on
+                if not tries_left or not self._fleet.others_are_up(error.server):
+                    return error_response(502, str(error))
+        raise AssertionError("the last try returns")
+
+    def _choose(self, role: Role) -> Server:
+        server = self._fleet.choose(role)
+        if server is None:
+            raise NoServerError(f"the router has no {role} server; {self._settings.servers_file} lists none")
+        return server
 
     async def one_server(self, request: web.Request) -> web.StreamResponse:
-        return await self._forward(request, self._decode.choose(), await request.read())
+        try:
+            return await self._forward(request, self._choose("decode"), await request.read())
+        except NoServerError as error:
+            return error_response(503, str(error))
 
     async def all_servers(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
-        servers = [*self._settings.decode, *self._settings.prefill]
+        servers = [*self._fleet.decode, *self._fleet.prefill]
         answers = await asyncio.gather(*(self._forward(request, server, body) for server in servers))
+        if not answers:
+            return error_response(503, "the router has no servers")
         return next((answer for answer in answers if answer.status >= 400), answers[0])
 
     async def health(self, request: web.Request) -> web.StreamResponse:
         """200 while a prefill and a decode server answer; 503 with the state of each otherwise. Costs them nothing."""
-        alive = await asyncio.gather(*(self._is_alive(request, s) for s in self._servers))
-        state = {server.url: ok for server, ok in zip(self._servers, alive, strict=True)}
-        ok = all(any(state[s.url] for s in group) for group in (self._settings.prefill, self._settings.decode))
+        prefill, decode = list(self._fleet.prefill), list(self._fleet.decode)
+        alive = await asyncio.gather(*(self._is_alive(request, server) for server in [*prefill, *decode]))
+        state = {server.url: ok for server, ok in zip([*prefill, *decode], alive, strict=True)}
+        ok = all(any(state[server.url] for server in group) for group in (prefill, decode))
         return web.json_response({"healthy": ok, "servers": state}, status=200 if ok else 503)
 
     async def server_info(self, request: web.Request) -> web.StreamResponse:
@@ -94,10 +132,6 @@ class Router:
 
     async def unknown(self, request: web.Request) -> web.StreamResponse:
         return error_response(404, f"the router does not serve {request.path}; ask a prefill or decode server itself")
-
-    @property
-    def _servers(self) -> list[Server]:
-        return [*self._settings.prefill, *self._settings.decode]
 
     async def _forward(self, request: web.Request, server: Server, body: bytes) -> web.Response:
         headers = forwarded_headers(request.headers)
@@ -112,26 +146,35 @@ class Router:
             return error_response(502, f"server {server.url} failed: {error or type(error).__name__}")
 
     async def _is_alive(self, request: web.Request, server: Server) -> bool:
-        try:
-            timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
-            headers = forwarded_headers(request.headers)
-            async with self.session.get(server.url + "/model_info", headers=headers, timeout=timeout) as answer:
-                return answer.status < 500
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return False
+        headers = forwarded_headers(request.headers)
+        status = await self._status_of(server.url + "/model_info", PROBE_TIMEOUT_S, headers)
+        return status is not None and status < 500
+
+    async def _is_back(self, server: Server) -> bool:
+        """Not before SGLang's own warm-up is over; /health needs no key."""
+        return await self._status_of(server.url + "/health", RETURN_TIMEOUT_S) == 200
+
+    async def _status_of(self, url: str, timeout_s: float, headers: dict[str, str] | None = None) -> int | None:
+        """None if nothing answers in time."""
+        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+            timeout = aiohttp.ClientTimeout(total=timeout_s)
+            async with self.session.get(url, headers=headers, timeout=timeout) as answer:
+                return answer.status
+        return None
 
     async def _collect(self, request: web.Request, path: str) -> web.StreamResponse:
-        """{"prefill": [...], "decode": [...]}, each server's JSON, or {"error": ...} for one that does not answer."""
+        """{"prefill": [...], "decode": [...]}, each server's URL and what it says, or {"error": ...}."""
 
         async def ask(server: Server) -> Any:
             try:
                 headers = forwarded_headers(request.headers)
                 async with self.session.get(server.url + path, headers=headers) as answer:
-                    return msgspec.json.decode(await answer.read())
+                    said = msgspec.json.decode(await answer.read())
+                    return {"url": server.url} | said if isinstance(said, dict) else said
             except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError) as error:
                 return {"url": server.url, "error": str(error) or type(error).__name__}
 
-        prefill, decode = self._settings.prefill, self._settings.decode
+        prefill, decode = list(self._fleet.prefill), list(self._fleet.decode)
         answers = await asyncio.gather(*map(ask, [*prefill, *decode]))
         return web.json_response({"prefill": answers[: len(prefill)], "decode": answers[len(prefill) :]})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,11 @@ class UpstreamError(Exception):
         else:
             text = str(cause) or type(cause).__name__
         super().__init__(f"{role} server {server.url} failed: {text}")
+        self.server = server
+
+
+class UnreachableError(UpstreamError):
+    """No connection to the server, so nothing has happened there: another one may be asked."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,18 @@ def _error_body(status: int, message: str) -> dict[str, Any]:
 class Relay:
     """One request on its way. Use once."""
 
-    def __init__(self, session: aiohttp.ClientSession, pair: Pair, request: web.Request, body: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        pair: Pair,
+        request: web.Request,
+        body: dict[str, Any],
+        suspect: Callable[[Server, str], None],
+    ) -> None:
+        """`suspect` is told of a server that refused or broke a connection, and how."""
         self._session = session
         self._pair = pair
+        self._suspect = suspect
         self._request = request
         self._stream = bool(body.get("stream"))
         self._decode_body = {**body, **pair.bootstrap_fields()}
@@ -82,11 +96,16 @@ class Relay:
         self._headers = forwarded_headers(request.headers) | {"Content-Type": "application/json"}
 
     async def run(self) -> web.StreamResponse:
-        """Never raises but for cancellation: failures become error responses, or error events in a started stream."""
+        """Failures become error responses, or error events in a started stream.
+
+        Raises UnreachableError, before the client's answer has begun, if one of the servers took no connection.
+        """
         prefill = asyncio.create_task(self._fetch_prefill())
         decode = asyncio.create_task(self._post("decode", self._pair.decode, self._decode_body))
         try:
             return await self._answer(prefill, decode)
+        except UnreachableError:
+            raise
         except UpstreamError as error:
             return error_response(502, str(error))
         finally:
@@ -99,6 +118,8 @@ class Relay:
     async def _answer(self, prefill: asyncio.Task[Answer], decode: asyncio.Task[Any]) -> web.StreamResponse:
         failed = await self._wait_unless_prefill_fails(prefill, decode)
         if failed is not None:
+            if isinstance(cause := prefill.exception(), UnreachableError):
+                raise cause
             return failed
         upstream: aiohttp.ClientResponse = decode.result()
         if upstream.status >= 400 or not self._stream:
@@ -109,6 +130,8 @@ class Relay:
         """Wait for `decode` to be done; returns an error response instead if prefill failed and decode is silent."""
         await asyncio.wait({prefill, decode}, return_when=asyncio.FIRST_COMPLETED)
         if not decode.done() and _failed(prefill):
+            if isinstance(prefill.exception(), UnreachableError):
+                return _prefill_failure(prefill)
             await asyncio.wait({decode}, timeout=_LINGER_S)
             if not decode.done():
                 return _prefill_failure(prefill)
@@ -170,7 +193,7 @@ class Relay:
         try:
             return await upstream.content.readany()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise UpstreamError("decode", self._pair.decode, error) from None
+            raise self._failure("decode", self._pair.decode, error) from None
 
     async def _fetch_prefill(self) -> Answer:
         response = await self._post("prefill", self._pair.prefill, self._prefill_body)
@@ -183,18 +206,25 @@ class Relay:
         try:
             url = server.url + self._request.path
             return await self._session.post(url, data=msgspec.json.encode(body), headers=self._headers)
-        except aiohttp.ClientConnectorError as error:
-            server.refused()
-            raise UpstreamError(role, server, error) from None
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            self._suspect(server, str(error) or type(error).__name__)
+            raise UnreachableError(role, server, error) from None
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise UpstreamError(role, server, error) from None
+            raise self._failure(role, server, error) from None
 
     async def _read(self, role: str, server: Server, response: aiohttp.ClientResponse) -> Answer:
         try:
             body = await response.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise UpstreamError(role, server, error) from None
+            raise self._failure(role, server, error) from None
         return Answer(response.status, response.headers.get("Content-Type", "application/json"), body)
+
+    def _failure(self, role: str, server: Server, cause: BaseException) -> UpstreamError:
+        """A connection that stood has failed. A time-out of ours is not held against the server."""
+        error = UpstreamError(role, server, cause)
+        if not isinstance(cause, TimeoutError):
+            self._suspect(server, str(error))
+        return error
 
 
 def _failed(prefill: asyncio.Task[Answer]) -> bool:

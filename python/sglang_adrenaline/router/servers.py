@@ -1,51 +1,61 @@
-"""The servers a router knows, and the choice of a pair for a request."""
+"""The servers a router knows, which of them are down, and the choice of a pair for a request."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import random
 import secrets
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-AVOID_S = 2.0
-"""How long a server that refused a connection is passed over, if there is another one."""
+from sglang_adrenaline.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["prefill", "decode"]
+
+PROBE_S = 1.0
+"""How often a server that is down is asked whether it is back."""
 
 MAX_ROOM = 2**62
 """Rooms are drawn below this; SGLang counts up from there for batches, and all must stay below 2**63."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Server:
     url: str
     bootstrap_port: int | None = None
     """Of a prefill server, else None."""
     in_flight: int = 0
-    avoid_until: float = 0.0
+    down: bool = False
+    """It refused or broke a connection and has not answered since."""
+
+    @property
+    def role(self) -> Role:
+        return "decode" if self.bootstrap_port is None else "prefill"
+
+    @property
+    def burden(self) -> tuple[bool, int]:
+        """The least one gets the next request."""
+        return self.down, self.in_flight
 
     @property
     def host(self) -> str:
         host = urlsplit(self.url).hostname or ""
         return f"[{host}]" if ":" in host else host
 
-    def refused(self) -> None:
-        self.avoid_until = time.monotonic() + AVOID_S
 
-
-@dataclass
-class Pool:
-    """Servers of one role. Least requests in flight first; equal ones take turns."""
-
-    servers: Sequence[Server]
-    _turn: int = 0
-
-    def choose(self) -> Server:
-        now = time.monotonic()
-        self._turn += 1
-        in_turn = [self.servers[(self._turn + i) % len(self.servers)] for i in range(len(self.servers))]
-        return min(in_turn, key=lambda s: (s.avoid_until > now, s.in_flight))
+def make_server(url: str, bootstrap_port: int | None = None) -> Server:
+    """Raises ConfigError on what is no URL of a server."""
+    url = url.rstrip("/")
+    server = Server(url, bootstrap_port)
+    if not url.startswith(("http://", "https://")) or not server.host:
+        raise ConfigError(f"{url!r} is not the URL of a server")
+    return server
 
 
 @dataclass(frozen=True)
@@ -71,3 +81,66 @@ class Pair:
             "bootstrap_port": self.prefill.bootstrap_port,
             "bootstrap_room": secrets.randbelow(MAX_ROOM),
         }
+
+
+class Fleet:
+    """All servers, by role. Event loop of the router only."""
+
+    def __init__(self, prefill: Sequence[Server] = (), decode: Sequence[Server] = ()) -> None:
+        self._of: dict[Role, list[Server]] = {"prefill": list(prefill), "decode": list(decode)}
+        self._suspicion = asyncio.Event()
+
+    @property
+    def prefill(self) -> Sequence[Server]:
+        return self._of["prefill"]
+
+    @property
+    def decode(self) -> Sequence[Server]:
+        return self._of["decode"]
+
+    @property
+    def servers(self) -> list[Server]:
+        return [*self.prefill, *self.decode]
+
+    def choose(self, role: Role) -> Server | None:
+        """Fewest requests in flight, chance among equals; one that is down only if all are. None if there is none."""
+        least = min((server.burden for server in self._of[role]), default=None)
+        best = [server for server in self._of[role] if server.burden == least]
+        return random.choice(best) if best else None  # in turn, pairs would repeat: same prefill, same decode
+
+    def others_are_up(self, server: Server) -> bool:
+        """Whether a request that `server` did not take can go to another one of its role."""
+        return any(other is not server and not other.down for other in self._of[server.role])
+
+    def suspect(self, server: Server, why: str) -> None:
+        """It refused or broke a connection: pass it over until it answers a probe."""
+        if not server.down:
+            logger.warning("%s is passed over until it answers: %s", server.url, why)
+            server.down = True
+        self._suspicion.set()
+
+    def replace(self, prefill: Sequence[Server], decode: Sequence[Server]) -> None:
+        """From now on these are the servers; those that stay keep their state. Requests of others go on."""
+        wanted: dict[Role, Sequence[Server]] = {"prefill": prefill, "decode": decode}
+        for role, servers in wanted.items():
+            known = {(server.url, server.bootstrap_port): server for server in self._of[role]}
+            new = {(server.url, server.bootstrap_port): server for server in servers}
+            for url, _ in new.keys() - known.keys():
+                logger.info("%s server %s joins", role, url)
+            for url, _ in known.keys() - new.keys():
+                logger.info("%s server %s leaves", role, url)
+            self._of[role] = [known.get(name, server) for name, server in new.items()]
+
+    async def watch(self, is_up: Callable[[Server], Awaitable[bool]]) -> None:
+        """Ask servers that are down until they answer. Never returns; sleeps while none is down."""
+        while True:
+            await self._suspicion.wait()
+            self._suspicion.clear()
+            while down := [server for server in self.servers if server.down]:
+                answers = await asyncio.gather(*map(is_up, down))
+                for server, up in zip(down, answers, strict=True):
+                    if up:
+                        logger.info("%s answers again", server.url)
+                        server.down = False
+                if not all(answers):
+                    await asyncio.sleep(PROBE_S)
