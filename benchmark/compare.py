@@ -181,6 +181,9 @@ class Comparison:
             run.launch_lag_us = after["executor"].get("launch_lag_us")
             run.plans_per_step = (after["executor"]["plans"] - before["executor"]["plans"]) / steps
             say(f"launch lag {run.launch_lag_us} us, {run.plans_per_step:.2f} plans a step, {steps} steps")
+        earlier = before["decisions"]
+        run.decisions = {reason: n - earlier.get(reason, 0) for reason, n in after["decisions"].items()}
+        say(f"decisions {run.decisions}")
 
     def save(self) -> None:
         self.report.write(self.args.out / "compare.json")

@@ -50,6 +50,8 @@ class Run:
     launch_lag_us: float | None = None
     """Mean of all steps so far: from decode's announcement of a step to the executor's launch."""
     plans_per_step: float | None = None
+    decisions: dict[str, int] = field(default_factory=dict)
+    """Of ratio auto, by reason."""
     timeline: list[Sample] = field(default_factory=list)
     """Of our servers while the workload ran."""
     left_over: list[str] = field(default_factory=list)
@@ -120,7 +122,8 @@ class Report:
         for number, run in enumerate(self.runs):
             if len(run.timeline) > 2:
                 title = f"{run.system}, {run.workload}"
-                draw(run.timeline, title, folder / f"timeline-{number}-{run.system.replace(':', '-')}.png")
+                system = run.system.replace(":", "-").replace("=", "")
+                draw(run.timeline, title, folder / f"timeline-{number}-{system}.png")
 
     def _of(self, system: str, workload: str) -> list[Run]:
         return [run for run in self.runs if run.system == system and run.workload == workload]

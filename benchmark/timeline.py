@@ -24,6 +24,7 @@ class Sample:
     exposed_wait_ms_total: float
     executor_wait_ms_total: float
     """Time in which the executor's stream waited for q, the first layer of a step excepted."""
+    late_launches_total: int
     prefill_load: float
 
 
@@ -39,6 +40,7 @@ def sample(at: float, decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> 
         steps_total=decode["steps"],
         exposed_wait_ms_total=decode["exposed_wait_ms_total"],
         executor_wait_ms_total=prefill["executor_wait_ms_total"],
+        late_launches_total=prefill["late_launches"],
         prefill_load=prefill["prefill_load"],
     )
 

@@ -58,6 +58,7 @@ def test_spans_are_means_over_the_steps_between_two_samples() -> None:
         steps_total=100,
         exposed_wait_ms_total=50.0,
         executor_wait_ms_total=1000.0,
+        late_launches_total=0,
         prefill_load=0.5,
     )
     idle = replace(first, at=1.5)

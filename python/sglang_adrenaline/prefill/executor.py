@@ -55,6 +55,10 @@ class AttentionExecutor(Protocol):
         """Mean time from decode's announcement of a step to the launch of its work; 0 where nothing is launched."""
 
     @property
+    def late_launches(self) -> int:
+        """Launches so long after the announcement that decode may have waited for them."""
+
+    @property
     def waited_s(self) -> float:
         """Time spent waiting for the queries of a step that had begun."""
 
@@ -102,6 +106,10 @@ class ThreadExecutor:
     @property
     def launch_lag_s(self) -> float:
         return 0.0
+
+    @property
+    def late_launches(self) -> int:
+        return 0
 
     @property
     def waited_s(self) -> float:

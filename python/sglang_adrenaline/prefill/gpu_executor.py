@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LATE_S = 0.01
+"""A launch so long after the announcement may be what decode waits for; it announces most of a step ahead."""
+TELL_EVERY_S = 1.0
 DRAIN_S = 10.0
 """Longest wait for what was launched, once its waits were aborted; prefill's kernels may be ahead of it."""
 
@@ -84,6 +88,43 @@ class StepGraphs:
             graph.free()
 
 
+@dataclass
+class LaunchLag:
+    """How far launches lag behind the announcements of their steps by decode's host. Seconds."""
+
+    launches: int = 0
+    late: int = 0
+    """Launches that came LATE_S or more after the announcement."""
+    total_s: float = 0.0
+    _told_at: float = 0.0
+
+    @property
+    def mean_s(self) -> float:
+        return self.total_s / self.launches if self.launches else 0.0
+
+    def add(self, step: int, woken_s: float, planned_s: float, launched_s: float) -> None:
+        """A launch, by the times since the announcement; tells of late ones, one line in TELL_EVERY_S at most."""
+        self.launches += 1
+        self.total_s += launched_s
+        if launched_s < LATE_S:
+            return
+        self.late += 1
+        now = time.monotonic()
+        if now - self._told_at >= TELL_EVERY_S:
+            self._told_at = now
+            logger.info(
+                "step %d was launched %.1f ms after its announcement: %.1f ms to wake up, %.1f to plan, %.1f to launch; "
+                "%d of %d launches were late so far",
+                step,
+                1e3 * launched_s,
+                1e3 * woken_s,
+                1e3 * (planned_s - woken_s),
+                1e3 * (launched_s - planned_s),
+                self.late,
+                self.launches,
+            )
+
+
 class GpuExecutor:
     """See the module and `executor.AttentionExecutor`. attach/detach/stop come from other threads."""
 
@@ -113,8 +154,7 @@ class GpuExecutor:
         """After these the slots that came since the last plan are there."""
         self._changed = True
         self._plans = 0
-        self._launches = 0
-        self._launch_lag_s = 0.0
+        self._lag = LaunchLag()
         self._stopping = False
         self._drained = True
         self._stream: torch.cuda.Stream | None = None
@@ -208,18 +248,22 @@ class GpuExecutor:
                 if lanes is None:
                     continue
                 step += 1
+                woken_s = self._end.since_announced_s(step)
                 if self._changed or planned != frozenset(lanes):
                     planned = frozenset(lanes)
                     bucket = self._plan(planned)
+                planned_s = self._end.since_announced_s(step)
                 self._end.launching()
                 self._graphs.launch(bucket)
-                self._launch_lag_s += self._end.since_announced_s(step)
-                self._launches = step
+                self._lag.add(step, woken_s, planned_s, self._end.since_announced_s(step))
 
     @property
     def launch_lag_s(self) -> float:
-        """Mean time from the announcement of a step by decode's host to its launch here, plans included."""
-        return self._launch_lag_s / self._launches if self._launches else 0.0
+        return self._lag.mean_s
+
+    @property
+    def late_launches(self) -> int:
+        return self._lag.late
 
     @property
     def waited_s(self) -> float:

@@ -380,6 +380,7 @@ class PrefillRuntime:
             "steps": self._steps_gone + sum(executor.steps_done for executor in executors),
             "plans": self._plans_gone + sum(executor.plans for executor in executors),
             "launch_lag_us": round(1e6 * max((executor.launch_lag_s for executor in executors), default=0.0), 1),
+            "late_launches": sum(executor.late_launches for executor in executors),
             "executor_wait_ms_total": round(
                 1e3 * (self._waited_gone_s + sum(executor.waited_s for executor in executors)), 3
             ),
