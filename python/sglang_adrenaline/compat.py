@@ -210,14 +210,21 @@ def model_runner(scheduler: Scheduler) -> Any:
     return scheduler.tp_worker.model_runner
 
 
-def gpu_of(model_runner: Any) -> int | None:
-    """Index of the GPU that a ModelRunner computes on, None on a CPU."""
-    return int(model_runner.gpu_id) if model_runner.device == "cuda" else None
+def overlaps(scheduler: Scheduler) -> bool:
+    """Whether the event loop launches a batch before it looks at the results of the one before."""
+    return bool(scheduler.enable_overlap)
 
 
-def use_forward_stream(model_runner: Any, stream: torch.cuda.Stream) -> None:
-    """Before `ModelRunner.initialize`: forward passes of the overlapping event loops run on this stream."""
-    model_runner.forward_stream = stream
+def forward_stream(scheduler: Scheduler) -> torch.cuda.Stream:
+    return scheduler.forward_stream
+
+
+def use_forward_stream(scheduler: Scheduler, stream: torch.cuda.Stream) -> None:
+    """The forward passes of the overlapping event loops run on this stream from here on, behind those so far."""
+    if scheduler.forward_stream is not stream:
+        stream.wait_stream(scheduler.forward_stream)
+        scheduler.forward_stream = stream
+        scheduler.forward_stream_ctx = scheduler.device_module.stream(stream)
 
 
 def model_dtype(scheduler: Scheduler) -> str:

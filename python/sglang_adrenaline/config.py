@@ -44,7 +44,7 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     lanes: int | None = None
     """Offloaded requests that one decode instance can have on one prefill instance at a time; None: `lanes_for`."""
     executor_sms: int | Literal["auto"] = "auto"
-    """SMs of the prefill GPU that prefill leaves to the executor; 0: prefill uses all of them. auto: 0."""
+    """SMs of the prefill GPU that prefill leaves alone while prefixes are offloaded; 0: none. auto: a third or so."""
     key_file: str | None = None
     """File with the shared secret of the deployment; None disables offloading to other processes' servers."""
     control_port_offset: int = 1000
@@ -95,11 +95,6 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def lanes_for(self, device_type: str) -> int:
         """The number of lanes that a server on this type of device offers or asks for."""
         return self.lanes if self.lanes is not None else _LANES.get(device_type, _LANES["cpu"])
-
-    @property
-    def partition_sms(self) -> int:
-        """SMs set apart for the executor; 0 = none."""
-        return 0 if self.executor_sms == "auto" else self.executor_sms
 
     def to_json(self) -> str:
         return msgspec.json.encode(self).decode()
@@ -199,8 +194,9 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         type=_sms,
         default="auto",
         metavar="N",
-        help="SMs of the prefill GPU that prefill leaves to the attention executor, rounded up to what the GPU can set "
-        "apart; the executor uses the others, too, while they are idle; 0: prefill uses all (default auto: 0 for now)",
+        help="SMs of the prefill GPU that prefill leaves to the attention executor while prompts are offloaded, "
+        "rounded up to what the GPU can set apart; the executor uses the others, too, while they are idle; 0: prefill "
+        "always uses all (default auto: 36 %% of them)",
     )
     group.add_argument(
         "--adrenaline-key-file",

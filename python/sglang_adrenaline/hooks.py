@@ -110,11 +110,19 @@ HOOKS = (
     ),
     Hook(
         "prefill",
-        "model_executor.model_runner.ModelRunner.initialize",
+        f"{SCHEDULER}.run_batch",
         "before",
-        "split_gpu",
-        (),
-        "where the executor has SMs of its own, prefill's kernels run on a stream that stays off them",
+        "place_batch",
+        ("batch",),
+        "while the executor works, prefill's kernels run on a stream that leaves it some SMs",
+    ),
+    Hook(
+        "prefill",
+        f"{MIXIN}.process_batch_result_disagg_prefill",
+        "before",
+        "await_stream",
+        ("batch", "result"),
+        "it copies to the host, behind the batch that runs; blocking in that would hold up the executor's launches",
     ),
     Hook("prefill", f"{SCHEDULER}.flush_cache", "around", "flush_cache", (), "a flush would free pinned slots"),
     *(

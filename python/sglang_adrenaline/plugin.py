@@ -98,7 +98,7 @@ def _role_handlers(config: AdrenalineConfig) -> tuple[Any, Any]:
         methods = {name: prefill.refuse_update(output) for name, output in updates.items()}
         public = {
             name: getattr(prefill, name)
-            for name in ("split_gpu", "send_kv_chunk", "pump", "flush_cache", "release_memory")
+            for name in ("place_batch", "await_stream", "send_kv_chunk", "pump", "flush_cache", "release_memory")
         }
         return SimpleNamespace(**public, **methods), prefill.runtime
 

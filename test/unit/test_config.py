@@ -79,10 +79,9 @@ def test_lanes_default_goes_by_the_device_and_a_number_for_all():
     assert [parse("--adrenaline-lanes", "7").lanes_for(device) for device in ("cpu", "cuda")] == [7, 7]
 
 
-@pytest.mark.parametrize(("text", "value", "sms"), [("auto", "auto", 0), ("0", 0, 0), ("32", 32, 32)])
-def test_executor_sms_auto_or_a_number_survive_the_environment(text, value, sms):
-    config = AdrenalineConfig.from_json(parse("--adrenaline-executor-sms", text).to_json())
-    assert (config.executor_sms, config.partition_sms) == (value, sms)
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("0", 0), ("32", 32)])
+def test_executor_sms_auto_or_a_number_survive_the_environment(text, value):
+    assert AdrenalineConfig.from_json(parse("--adrenaline-executor-sms", text).to_json()).executor_sms == value
 
 
 def test_executor_sms_that_are_no_number_are_refused():

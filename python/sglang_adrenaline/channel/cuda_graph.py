@@ -49,6 +49,8 @@ class CudaGraph:
         finally:
             call_runtime(self._device, "cudaGraphDestroy", graph)
         self._executable = executable
+        # Else the first launch does it, while decode waits.
+        call_runtime(self._device, "cudaGraphUpload", executable, self._stream)
 
     def launch(self) -> None:
         """Enqueue the graph on its stream. Raises ChannelError."""

@@ -113,7 +113,7 @@ class LaunchLag:
         if now - self._told_at >= TELL_EVERY_S:
             self._told_at = now
             logger.info(
-                "step %d was launched %.1f ms after its announcement: %.1f ms to wake up, %.1f to plan, %.1f to launch; "
+                "step %d was launched %.1f ms after its announcement: %.1f to wake up, %.1f to plan, %.1f to launch; "
                 "%d of %d launches were late so far",
                 step,
                 1e3 * launched_s,

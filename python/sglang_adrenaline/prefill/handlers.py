@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from sglang_adrenaline import compat
 from sglang_adrenaline.prefill.runtime import PrefillRuntime
 
 logger = logging.getLogger(__name__)
@@ -18,12 +17,13 @@ class PrefillHandlers:
     def __init__(self, runtime: PrefillRuntime) -> None:
         self.runtime = runtime
 
-    def split_gpu(self, model_runner: Any, *args: Any, **kwargs: Any) -> None:
-        """Before ModelRunner.initialize: prefill's kernels get a stream on the SMs that are not the executor's."""
-        device = compat.gpu_of(model_runner)
-        stream = None if device is None else self.runtime.split_gpu(device)
-        if stream is not None:
-            compat.use_forward_stream(model_runner, stream)
+    def place_batch(self, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+        if self.runtime.gpu is not None:
+            self.runtime.gpu.place_batch(self.runtime.keeps_prefixes)
+
+    def await_stream(self, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+        if self.runtime.gpu is not None and self.runtime.serves_decode:
+            self.runtime.gpu.await_stream()
 
     def send_kv_chunk(self, scheduler: Any, req: Any, last_chunk: bool = False, end_idx: int | None = None) -> None:
         if last_chunk:

@@ -30,9 +30,7 @@ from sglang_adrenaline.prefill.load_meter import LoadMeter
 from sglang_adrenaline.prefill.pins import NackReason, Pin, PinState, PinTable
 
 if TYPE_CHECKING:
-    import torch
-
-    from sglang_adrenaline.prefill.sm_partition import SmPartition
+    from sglang_adrenaline.prefill.gpu_sharing import GpuSharing
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +58,8 @@ class PrefillRuntime:
         self.unpinned_total = 0
         self.control: ControlServer | None = None
         self.pins: PinTable | None = None
-        self.partition: SmPartition | None = None
-        """Where executor and prefill do not share the GPU's SMs."""
+        self.gpu: GpuSharing | None = None
+        """Where executor and prefill share one."""
         self._scheduler: Any = None
         self._sessions: dict[str, Session] = {}
         """By peer, the ones that are connected."""
@@ -77,21 +75,6 @@ class PrefillRuntime:
 
     # ---- start (scheduler thread) -----------------------------------------------------------------------------------
 
-    def split_gpu(self, device: int) -> torch.cuda.Stream | None:
-        """Before the model is loaded: the stream on prefill's SMs, None if it may use all. Raises ConfigError."""
-        if not self.config.partition_sms:
-            return None
-        assert self.partition is None
-        from sglang_adrenaline.prefill.sm_partition import SmPartition
-
-        self.partition = SmPartition(device, self.config.partition_sms)
-        logger.info(
-            "prefill runs on %d SMs and leaves %d to the attention executor",
-            self.partition.prefill_sms,
-            self.partition.executor_sms,
-        )
-        return self.partition.prefill_stream()
-
     def attach_scheduler(self, scheduler: Any) -> None:
         """Raises ConfigError where the control port is taken, or the key file or the channel is not usable."""
         self._scheduler = scheduler
@@ -99,8 +82,7 @@ class PrefillRuntime:
         self._device = compat.device(scheduler)
         self._kind = opening.resolve_kind(self.config.channel, self._device.type)
         self._lanes = self.config.lanes_for(self._device.type)
-        if self.config.partition_sms and self._device.type != "cuda":
-            raise ConfigError("--adrenaline-executor-sms needs a GPU")
+        self._share_gpu()
         self._rank = compat.rank(scheduler)
         self._pool = compat.pool_shape(scheduler)
         self._layers = [
@@ -126,6 +108,16 @@ class PrefillRuntime:
             heartbeat_interval=self.config.heartbeat_interval,
             heartbeat_timeout=self.config.heartbeat_timeout,
         )
+
+    def _share_gpu(self) -> None:
+        """Raises ConfigError."""
+        sms = self.config.executor_sms
+        if self._device.type == "cuda":
+            from sglang_adrenaline.prefill.gpu_sharing import GpuSharing
+
+            self.gpu = GpuSharing(self._scheduler, self._device.index, None if sms == "auto" else sms)
+        elif sms != "auto" and sms > 0:
+            raise ConfigError("--adrenaline-executor-sms needs a GPU")
 
     def _warm_up(self) -> None:
         """Raises ConfigError on a model that the executor cannot serve."""
@@ -319,18 +311,18 @@ class PrefillRuntime:
             lanes_in_use=counts.lanes_in_use,
             steps=session.executor.steps_done,
             prefill_load=min(max(self._load.load, 0.0), 1.0),
-            executor_share=self._executor_share(),
+            executor_share=self.gpu.executor_share if self.gpu is not None else 0.0,
         )
-
-    def _executor_share(self) -> float:
-        """Of the SMs, set apart; 0 = none."""
-        split = self.partition
-        return split.executor_sms / (split.executor_sms + split.prefill_sms) if split is not None else 0.0
 
     @property
     def serves_decode(self) -> bool:
         """Whether an executor may have something to do."""
         return bool(self._sessions)
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether a decode step may come that attends to something here."""
+        return self.pins is not None and self.pins.counts().pinned_requests > 0
 
     def holds_pins(self) -> str:
         """What stands in the way of clearing the pool, for the user; empty if nothing does."""
