@@ -122,6 +122,11 @@ class Comparison:
     def _warm_up(self, system: System, deployment: Deployment) -> None:
         """Every length once, alone and in a batch, local and offloaded, so that nothing is compiled while measured."""
         began = time.monotonic()
+        with self._trace(system, deployment, after_s=0.0, name="warm-up"):
+            self._warm_lengths(system, deployment)
+        say(f"{system.text}: warm after {time.monotonic() - began:.0f} s")
+
+    def _warm_lengths(self, system: System, deployment: Deployment) -> None:
         for length in sorted({workload.input_len for workload in self.args.workload}):
             for ratio in (0.0, 1.0, 0.5) if system.ratio is not None else (None,):
                 load = Workload("burst", length, 16, requests=8 * len(deployment.urls), ratio=ratio)
@@ -129,7 +134,6 @@ class Comparison:
                 failed = [record.error for record in records if record.error]
                 if failed:
                     raise RuntimeError(f"warm-up with {length} tokens failed: {failed[0]}")
-        say(f"{system.text}: warm after {time.monotonic() - began:.0f} s")
 
     def _drive(
         self, system: System, deployment: Deployment, workload: Workload, timeout_s: float, seed: int
@@ -146,7 +150,9 @@ class Comparison:
             run.error = "no time left"
             return
         before = _status(deployment)
-        trace = self._trace(system, deployment, workload)
+        trace = nullcontext()
+        if workload.kind == "saturated":
+            trace = self._trace(system, deployment, after_s=self.args.trace_at, name=f"round-{round_}")
         with Monitor(deployment.watched, ours=deployment.decode is not None) as monitor, trace:
             limit = min(max(self.args.workload_timeout, workload.seconds), self.left())
             records = self._drive(system, deployment, workload, limit, seed=self.args.seed + round_)
@@ -162,12 +168,14 @@ class Comparison:
         if all(record.error for record in records):
             raise RuntimeError(f"every request of {workload.title} failed: {run.summary.first_error}")
 
-    def _trace(self, system: System, deployment: Deployment, workload: Workload) -> AbstractContextManager:
-        """Lets the servers record their kernels once, --trace-at seconds into a saturated workload."""
-        if self.args.trace_at is None or workload.kind != "saturated":
+    def _trace(
+        self, system: System, deployment: Deployment, *, after_s: float | None, name: str
+    ) -> AbstractContextManager:
+        """With --trace-at, lets the servers record their kernels. The first time takes them seconds: so in warm-up too."""
+        if self.args.trace_at is None or after_s is None:
             return nullcontext()
-        folder = self.args.out / "traces" / system.text.replace(":", "-")
-        return Recording(deployment.watched, folder, self.args.trace_at, self.args.trace_steps)
+        folder = self.args.out / "traces" / system.text.replace(":", "-") / name
+        return Recording(deployment.watched, folder, after_s, self.args.trace_steps)
 
     def _add_offloading(self, run: Run, before: dict, after: dict) -> None:
         if not before or not after:

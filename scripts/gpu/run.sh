@@ -59,7 +59,7 @@ compare() { # name seconds model workload...
   lines=60 step "$name" "$limit" python3 benchmark/compare.py --model-path "$model" --out "$work/$name" \
     --systems "${systems[@]}" --budget $((${LIMIT:-$limit} - 20)) "--server-args=${SERVER_ARGS:-}" \
     "--adrenaline-args=${ADRENALINE_ARGS:-}" ${TRACE_AT:+--trace-at "$TRACE_AT"} "${workloads[@]}"
-  local traces=("$work/$name"/traces/*/*/*.json.gz)
+  local traces=("$work/$name"/traces/*/round-*/*/*.json.gz)
   if [[ -f ${traces[0]} ]]; then
     lines=120 step "$name-kernels" 90 python3 benchmark/kernel_trace.py "${traces[@]}"
   fi
