@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from typing import Literal
 
 import msgspec
@@ -19,7 +20,9 @@ from sglang_adrenaline.errors import ConfigError
 CONFIG_ENV = "SGLANG_ADRENALINE_CONFIG"
 
 Role = Literal["prefill", "decode"]
-ChannelKind = Literal["auto", "shm", "ipc"]
+ChannelKind = Literal["auto", "shm", "ipc", "zmq"]
+ANY_PORT = range(1)
+"""Port 0: whichever is free."""
 
 _LANES = {"cpu": 128, "cuda": 256}
 
@@ -41,6 +44,8 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     max_pinned_fraction: float = 0.8
     """Prefill refuses to pin more than this share of its KV pool."""
     channel: ChannelKind = "auto"
+    channel_ports: str = "0"
+    """FIRST-LAST or one port: where prefill listens for channels between hosts; 0: any free port."""
     lanes: int | None = None
     """Offloaded requests that one decode instance can have on one prefill instance at a time; None: `lanes_for`."""
     executor_sms: int | Literal["auto"] = "auto"
@@ -50,7 +55,7 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     control_port_offset: int = 1000
     """Control port of a prefill rank = its bootstrap port + this + its TP rank."""
     control_host: str = "127.0.0.1"
-    """Interface that the prefill server's control port binds to."""
+    """Interface that the prefill server's control port and its channels between hosts bind to."""
     wait_timeout: float = 8.0
     """Longest time a decode step waits for the executor before its offloaded rows are failed."""
     heartbeat_interval: float = 0.5
@@ -74,6 +79,12 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             self.max_pinned_fraction,
             "a number in (0, 1]",
         )
+        _require(
+            _port_range(self.channel_ports) is not None,
+            "adrenaline-channel-ports",
+            self.channel_ports,
+            "a port, or FIRST-LAST, in 1..65535",
+        )
         _require(self.min_offload_tokens >= 1, "adrenaline-min-offload-tokens", self.min_offload_tokens, ">= 1")
         _require(
             self.lanes is None or 1 <= self.lanes <= 4096, "adrenaline-lanes", self.lanes, "a whole number in 1..4096"
@@ -96,6 +107,12 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         """The number of lanes that a server on this type of device offers or asks for."""
         return self.lanes if self.lanes is not None else _LANES.get(device_type, _LANES["cpu"])
 
+    @property
+    def channel_port_range(self) -> range:
+        ports = _port_range(self.channel_ports)
+        assert ports is not None
+        return ports
+
     def to_json(self) -> str:
         return msgspec.json.encode(self).decode()
 
@@ -112,6 +129,17 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         """The configuration of this process tree, or None where offloading was not asked for."""
         text = os.environ.get(CONFIG_ENV)
         return AdrenalineConfig.from_json(text) if text else None
+
+
+def _port_range(text: str) -> range | None:
+    """None unless `text` is a port, two with the first not behind the last, or 0."""
+    if text == "0":
+        return ANY_PORT
+    ends = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text, re.ASCII)
+    if ends is None:
+        return None
+    first, last = int(ends[1]), int(ends[2] or ends[1])
+    return range(first, last + 1) if 1 <= first <= last <= 65_535 else None
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -175,10 +203,17 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--adrenaline-channel",
         dest="channel",
-        choices=("auto", "shm", "ipc"),
+        choices=("auto", "shm", "ipc", "zmq"),
         default="auto",
-        help="data plane between decode and the attention executor (default auto: ipc, which is CUDA IPC, on GPUs; "
-        "shm, shared memory, on CPUs)",
+        help="data plane between decode and the attention executor, prefill's choice (default auto: on GPUs ipc, which "
+        "is CUDA IPC; on CPUs shm, shared memory, to servers of this host, and zmq, encrypted TCP, to others)",
+    )
+    group.add_argument(
+        "--adrenaline-channel-ports",
+        dest="channel_ports",
+        default="0",
+        metavar="FIRST-LAST",
+        help="ports of the prefill server for channel zmq, one for each decode rank (default: any free ones)",
     )
     group.add_argument(
         "--adrenaline-lanes",
@@ -209,7 +244,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         dest="control_host",
         default="127.0.0.1",
         metavar="ADDR",
-        help="address the prefill server's control port binds to (default 127.0.0.1: this host only)",
+        help="address the prefill server's control port and zmq channels bind to (default 127.0.0.1: this host only)",
     )
     group.add_argument(
         "--adrenaline-control-port-offset",

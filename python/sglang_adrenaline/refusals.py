@@ -110,6 +110,9 @@ def check(server_args: Any, model_config: Any, config: AdrenalineConfig) -> None
     reasons += _backend_reasons(server_args, config)
     if reasons:
         raise ConfigError("not supported with attention offloading: " + "; ".join(reasons))
+    from sglang_adrenaline.channel import opening
+
+    opening.check_kind(config.channel, server_args.device)
     if config.role == "decode" and config.offload_ratio == "auto":
         from sglang_adrenaline import auto_cost
 

@@ -35,6 +35,11 @@ def test_flags_given_reach_their_fields():
         ("lanes", "0"),
         ("lanes", "5000"),
         ("executor-sms", "-8"),
+        ("channel-ports", ""),
+        ("channel-ports", "0-9"),
+        ("channel-ports", "9-8"),
+        ("channel-ports", "65536"),
+        ("channel-ports", "1,2"),
         ("wait-timeout", "0"),
         ("slo-ttft-ms", "0"),
         ("slo-tpot-ms", "-1"),
@@ -50,6 +55,12 @@ def test_flags_out_of_range_are_refused_by_name(flag, value):
 def test_heartbeat_timeout_not_above_interval_is_refused():
     with pytest.raises(ConfigError, match="heartbeat"):
         AdrenalineConfig(role="prefill", heartbeat_interval=5.0)
+
+
+def test_channel_ports_are_a_range():
+    assert list(parse().channel_port_range) == [0]
+    assert list(parse("--adrenaline-channel-ports", "40000").channel_port_range) == [40000]
+    assert list(parse("--adrenaline-channel-ports", "40000-40002").channel_port_range) == [40000, 40001, 40002]
 
 
 def test_from_env_gives_back_what_was_put_in(monkeypatch):

@@ -78,6 +78,7 @@ class Recorder:
         self.changed = threading.Condition()
         self.answer: Welcome | Refuse = Welcome(instance="f" * 32, channel=SPEC)
         self.raises: str | None = None
+        self.obstacle: str | None = None
 
     def note(self, *event) -> None:
         with self.changed:
@@ -98,6 +99,7 @@ class Recorder:
 
     def on_welcome(self, message):
         self.note("welcome", message)
+        return self.obstacle
 
     def on_refused(self, reason):
         self.note("refused", reason)
@@ -252,6 +254,17 @@ def test_hello_refused_is_told_and_asked_again_rarely(stack):
     time.sleep(1.0)
     assert len(ours.of("hello")) == 1 and server.peers == []
     assert not client.send(Heartbeat())
+
+
+def test_welcome_that_cannot_be_used_is_a_refusal_and_asked_for_again_rarely(stack):
+    ours, theirs = Recorder(), Recorder()
+    theirs.obstacle = "its channel cannot be opened"
+    server = serve(stack, ours)
+    client = connect(stack, server.port, theirs)
+    assert theirs.wait("refused") == [("refused", "its channel cannot be opened")]
+    until(lambda: client.state is ClientState.REFUSED and server.peers == [])
+    assert len(theirs.of("welcome")) == 1 and len(ours.of("peer_lost")) == 1
+    assert not client.send(Heartbeat()) and not client.wait_ready(0)
 
 
 def test_hello_of_known_instance_replaces_the_connection(stack):

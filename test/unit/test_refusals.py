@@ -191,6 +191,14 @@ def test_check_decode_without_radix_cache(sglang, folder):
     assert told is not None and "--disaggregation-decode-enable-radix-cache" in told
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_check_channel_of_another_device(role, sglang, folder):
+    server = sglang.resolve(folder(LLAMA), role)
+    refusals.check(*server, AdrenalineConfig(role=role, channel="zmq"))
+    with pytest.raises(ConfigError, match="--adrenaline-channel ipc does not work on device cpu, use auto or shm or"):
+        refusals.check(*server, AdrenalineConfig(role=role, channel="ipc"))
+
+
 def test_check_names_every_reason_at_once(sglang, folder):
     argv = ["--tp-size", "2", "--enable-hierarchical-cache", "--kv-cache-dtype", "fp8_e5m2"]
     told = refusal(sglang, folder(MODELS["gemma2"][0]), "prefill", *argv)

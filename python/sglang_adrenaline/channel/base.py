@@ -1,6 +1,7 @@
 """Data plane between a decode rank and one prefill rank: what both ends promise, whatever carries the bytes.
 
-Job: the interfaces and the shape of a channel. Not here: any transport (`shm.py`), the control plane (`control`).
+Job: the interfaces and the shape of a channel. Not here: any transport (`shm.py`, `net.py`, `ipc.py`), the control
+plane (`control`).
 
 One channel serves one (decode rank, prefill rank) pair. Per decode step and per layer:
 
@@ -46,6 +47,7 @@ MAX_LANES = 4096
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 DType = Literal["float32", "bfloat16", "float16"]
+Kind = Literal["shm", "ipc", "zmq"]
 
 
 class ChannelShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,12 +73,20 @@ class ChannelShape(msgspec.Struct, frozen=True, kw_only=True):
 class ChannelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How decode opens the channel that prefill made for it; sent with Welcome."""
 
-    kind: Literal["shm", "ipc"]
+    kind: Kind
     address: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-    """Where the channel is, in the kind's own words (both: "PID:FD" of the creator)."""
+    """Where the channel is, in the kind's own words. shm, ipc: "PID:FD" of the creator; zmq: its TCP port, on the
+    host of the control connection."""
     token: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-    """Random; also stands in the channel's memory, so that a wrong or stale address is noticed."""
+    """Random. shm, ipc: also stands in the channel's memory, so that a wrong or stale address is noticed. zmq: the
+    secret that the connection's keys are made of."""
     shape: ChannelShape
+
+
+def check_lanes(lanes: tuple[int, ...], num_lanes: int) -> None:
+    """Raises ValueError unless these can be the lanes of a step."""
+    if not lanes or min(lanes) < 0 or max(lanes) >= num_lanes or len(set(lanes)) != len(lanes):
+        raise ValueError(f"lanes must be distinct numbers in 0..{num_lanes - 1}, at least one, not {lanes}")
 
 
 @dataclass(frozen=True)

@@ -2,44 +2,66 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_adrenaline.channel import shm
-from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec, DecodeEnd
-from sglang_adrenaline.config import ChannelKind
+from sglang_adrenaline.channel import net, shm
+from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec, DecodeEnd, Kind
+from sglang_adrenaline.config import ANY_PORT, ChannelKind
 from sglang_adrenaline.errors import ChannelError, ConfigError
 
 if TYPE_CHECKING:  # needs CUDA's libraries
     from sglang_adrenaline.channel.ipc import IpcExecutorEnd
     from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoint
 
-REACH = {
+_FITTING: dict[str, tuple[Kind, ...]] = {"cpu": ("shm", "zmq"), "cuda": ("ipc",)}
+"""By device type, the kinds that work there; the first is for peers of one host. A step on a GPU is a CUDA graph, in
+which nothing can go by way of the host."""
+_REACH = {
     "shm": "channel shm needs decode and prefill on one host, in one PID namespace",
     "ipc": "channel ipc needs decode's and prefill's GPUs on one host, and the servers in one PID namespace",
 }
 """By kind, what to tell a decode instance that is elsewhere."""
 
 
-def resolve_kind(kind: ChannelKind, device_type: str) -> Literal["shm", "ipc"]:
-    """The kind of channel that serves a rank on this type of device. Raises ConfigError if `kind` cannot."""
-    fitting: Literal["shm", "ipc"] = "ipc" if device_type == "cuda" else "shm"
-    if kind not in ("auto", fitting):
-        raise ConfigError(f"--adrenaline-channel {kind} does not work on device {device_type}, use auto or {fitting}")
-    return fitting
+def check_kind(kind: ChannelKind, device_type: str) -> None:
+    """Raises ConfigError if `kind` cannot serve a rank on this type of device."""
+    fitting = _FITTING.get(device_type, ())
+    if not fitting or kind not in ("auto", *fitting):
+        use = f"use {' or '.join(('auto', *fitting))}" if fitting else "and no other does"
+        raise ConfigError(f"--adrenaline-channel {kind} does not work on device {device_type}, {use}")
+
+
+def choose_kind(kind: ChannelKind, device_type: str, *, same_host: bool) -> Kind:
+    """The kind of channel to a decode instance; `kind` has passed `check_kind`. Raises ChannelError if none reaches."""
+    fitting = _FITTING[device_type]
+    chosen: Kind = kind if kind != "auto" else fitting[0] if same_host else fitting[-1]
+    if not same_host and chosen in _REACH:
+        raise ChannelError(_REACH[chosen])
+    return chosen
 
 
 def create_executor_end(
-    kind: Literal["shm", "ipc"], shape: ChannelShape, *, device: int | None, wait_timeout: float, peer: str
-) -> shm.ShmExecutorEnd | IpcExecutorEnd:
+    kind: Kind,
+    shape: ChannelShape,
+    *,
+    device: int | None,
+    wait_timeout: float,
+    peer: str,
+    host: str = "127.0.0.1",
+    ports: range = ANY_PORT,
+) -> shm.ShmExecutorEnd | net.NetExecutorEnd | IpcExecutorEnd:
     """Prefill's end of a new channel; its `spec` goes to decode. Raises ChannelError.
 
     device        the rank's GPU, None on a CPU
     wait_timeout  longest wait for a layer of a step that has begun, in seconds (ipc)
+    host, ports   address to listen on, and the ports to choose from (zmq)
     """
     if kind == "shm":
         return shm.create_executor_end(shape, peer=peer)
+    if kind == "zmq":
+        return net.create_executor_end(shape, host=host, ports=ports, peer=peer)
     if device is None:
         raise ChannelError("channel ipc needs a GPU")
     from sglang_adrenaline.channel import ipc
@@ -56,15 +78,21 @@ def open_decode_end(
     wait_timeout: float,
     expected: ChannelShape,
     peer: str,
+    host: str = "127.0.0.1",
 ) -> DecodeEnd:
     """Decode's end of the channel that `spec` names. Raises ChannelError.
 
     device, endpoint  GPU and endpoint of the decode rank's kernels; None on a CPU
+    host              where the prefill server is (zmq)
     """
+    if (device is None) == (spec.kind == "ipc"):
+        needs = "which needs a GPU" if device is None else "which works on CPUs only"
+        raise ChannelError(f"{peer} offers a channel of kind {spec.kind!r}, {needs}")
     if spec.kind == "shm":
         return shm.open_decode_end(spec, wait_timeout=wait_timeout, expected=expected, peer=peer)
-    if device is None:
-        raise ChannelError(f"{peer} offers a channel of kind {spec.kind!r}, which needs a GPU")
+    if spec.kind == "zmq":
+        return net.open_decode_end(spec, host=host, wait_timeout=wait_timeout, expected=expected, peer=peer)
+    assert device is not None
     from sglang_adrenaline.channel import ipc
 
     with torch.cuda.device(device):

@@ -35,6 +35,7 @@ import torch
 from sglang_adrenaline.channel import memfd
 from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec
 from sglang_adrenaline.channel.memfd import OwnedFd, WatchedProcess
+from sglang_adrenaline.channel.tensors import DTYPES
 from sglang_adrenaline.errors import ChannelError
 
 Q_FLAG, A_FLAG = 512, 640
@@ -48,35 +49,6 @@ _VERSION = 1
 _HEADER = struct.Struct("=8sI16s5I16sQ")
 _ALIGN = 128
 _ABORT_TEXT = 248
-_QUICK_COPY_BYTES = 64 * 1024
-_memmove = ctypes.PyDLL(None).memmove  # keeps the GIL
-_memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-_memmove.restype = None
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class Room:
-    """The place of some rows in a segment, and the way to fill it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-        self._shape, self._dtype = tensor.shape, tensor.dtype
-        self._address, self._nbytes = tensor.data_ptr(), tensor.nbytes
-
-    def fill(self, name: str, given: torch.Tensor) -> None:
-        """Copy `given` in. Raises ValueError on another shape or dtype.
-
-        The usual small copy keeps the GIL: giving it up for a microsecond can cost milliseconds in a process
-        whose other threads compute.
-        """
-        if given.shape != self._shape or given.dtype != self._dtype:
-            raise ValueError(
-                f"{name} must be {tuple(self._shape)} {self._dtype}, not {tuple(given.shape)} {given.dtype}"
-            )
-        if self._nbytes <= _QUICK_COPY_BYTES and given.is_cpu and given.is_contiguous():
-            _memmove(self._address, given.data_ptr(), self._nbytes)
-        else:
-            self.tensor.copy_(given)
 
 
 class Segment:
@@ -97,7 +69,7 @@ class Segment:
         self.u64 = memoryview(self.mapping).cast("Q")
         self.lane_table = memoryview(self.mapping)[LANE_TABLE : LANE_TABLE + 4 * shape.lanes].cast("i")
         q_at, o_at, lse_at, _ = _offsets(shape)
-        dtype = _DTYPES[shape.dtype]
+        dtype = DTYPES[shape.dtype]
         self.q = self._tensor(q_at, dtype, shape.num_qo_heads, shape.head_dim)
         self.o = self._tensor(o_at, dtype, shape.num_qo_heads, shape.v_head_dim)
         self.lse = self._tensor(lse_at, torch.float32, shape.num_qo_heads)
@@ -171,7 +143,7 @@ def _header(shape: ChannelShape, token: str) -> bytes:
 def _offsets(shape: ChannelShape) -> tuple[int, int, int, int]:
     """Where q, o, lse and the end are, in bytes."""
     rows = 2 * shape.lanes * shape.num_qo_heads
-    itemsize = _DTYPES[shape.dtype].itemsize
+    itemsize = DTYPES[shape.dtype].itemsize
     q_at = _aligned(LANE_TABLE + 4 * shape.lanes)
     o_at = _aligned(q_at + rows * shape.head_dim * itemsize)
     lse_at = _aligned(o_at + rows * shape.v_head_dim * itemsize)

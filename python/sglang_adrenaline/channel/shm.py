@@ -27,9 +27,10 @@ from collections.abc import Sequence
 import torch
 
 from sglang_adrenaline.channel import segment as seg
-from sglang_adrenaline.channel.base import Call, ChannelShape, ChannelSpec
+from sglang_adrenaline.channel.base import Call, ChannelShape, ChannelSpec, check_lanes
 from sglang_adrenaline.channel.futex import Futex, make_fence
-from sglang_adrenaline.channel.segment import Room, Segment
+from sglang_adrenaline.channel.segment import Segment
+from sglang_adrenaline.channel.tensors import Room
 from sglang_adrenaline.errors import ChannelError, PeerLostError
 
 SLICE_S = 0.1
@@ -138,7 +139,7 @@ class ShmDecodeEnd(_End):
         lanes = tuple(lanes)
         changed = lanes != self._lanes
         if changed:
-            _check_lanes(lanes, segment.shape.lanes)
+            check_lanes(lanes, segment.shape.lanes)
         u64 = segment.u64
         u64[_CLOSED] = self.steps
         self.steps += 1
@@ -285,7 +286,7 @@ class ShmExecutorEnd(_End):
         if segment.u64[_STEP] != step:
             return None
         try:
-            _check_lanes(lanes, segment.shape.lanes)
+            check_lanes(lanes, segment.shape.lanes)
         except ValueError as error:
             raise ChannelError(f"{self.peer} wrote a broken lane table: {error}") from None
         return lanes
@@ -302,8 +303,3 @@ class ShmExecutorEnd(_End):
         if call.layer == self._num_layers - 1:
             self._done = max(self._done, call.step)
         self._current = 0
-
-
-def _check_lanes(lanes: tuple[int, ...], num_lanes: int) -> None:
-    if not lanes or min(lanes) < 0 or max(lanes) >= num_lanes or len(set(lanes)) != len(lanes):
-        raise ValueError(f"lanes must be distinct numbers in 0..{num_lanes - 1}, at least one, not {lanes}")

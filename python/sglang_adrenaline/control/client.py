@@ -20,6 +20,7 @@ from typing import Protocol
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from sglang_adrenaline import tcp
 from sglang_adrenaline.control.common import (
     JOIN_S,
     LINGER_MS,
@@ -78,8 +79,8 @@ class _Link(enum.IntEnum):
 class ClientHandler(Protocol):
     """Called in the client's thread."""
 
-    def on_welcome(self, message: Welcome) -> None:
-        """A session begins; `send` works."""
+    def on_welcome(self, message: Welcome) -> str | None:
+        """A session begins; `send` works. A reason not to go on ends it as a refusal of the server would."""
 
     def on_refused(self, reason: str) -> None:
         """The server will not have us; it is asked again every REFUSED_RETRY_S."""
@@ -119,7 +120,7 @@ class ControlClient:
     ) -> None:
         self.state = ClientState.CONNECTING
         self.last_error = ""
-        self._endpoint = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+        self._endpoint = tcp.endpoint(host, port)
         self._keys = keys
         self._hello = hello
         self._handler = handler
@@ -169,7 +170,7 @@ class ControlClient:
         retry, failures = FIRST_RETRY_S, 0
         while not self._closing.is_set():
             self.state = ClientState.CONNECTING
-            sessions, delay = self._session, retry
+            sessions = self._session
             try:
                 self._attempt()
             except _SessionOver as over:
@@ -178,15 +179,13 @@ class ControlClient:
                 if isinstance(over, _Refused) or failures >= _HANDSHAKE_FAILURES:
                     self.state = ClientState.REFUSED
                     self._call("on_refused", str(over))
-                    delay = REFUSED_RETRY_S
             except Exception as error:
                 self.last_error = repr(error)
                 self._log.warning("loop", "control client to %s: unexpected error", self._endpoint, exc_info=True)
             if self._session != sessions:
-                retry, delay = FIRST_RETRY_S, FIRST_RETRY_S
-            else:
-                retry = min(2 * retry, LAST_RETRY_S)
-            self._closing.wait(delay)
+                retry = FIRST_RETRY_S
+            self._closing.wait(REFUSED_RETRY_S if self.state is ClientState.REFUSED else retry)
+            retry = min(2 * retry, LAST_RETRY_S)
         self.state = ClientState.CLOSED
         self._outbox.close()
         self._context.term()  # bounded by the socket's linger
@@ -316,7 +315,9 @@ class ControlClient:
         self._session += 1
         self.state = ClientState.READY
         self.last_error = ""
-        self._call("on_welcome", welcome)
+        obstacle = self._call("on_welcome", welcome)
+        if obstacle:
+            raise _Refused(obstacle)
         self._ready.set()
 
     def _leave_session(self, reason: str) -> None:
@@ -325,8 +326,9 @@ class ControlClient:
             self.state = ClientState.LOST
             self._call("on_lost", reason)
 
-    def _call(self, method: str, *args: object) -> None:
+    def _call(self, method: str, *args: object) -> str | None:
         try:
-            getattr(self._handler, method)(*args)
+            return getattr(self._handler, method)(*args)
         except Exception:
             self._log.warning(method, "control client to %s: %s failed", self._endpoint, method, exc_info=True)
+            return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Protocol
 import zmq
 from zmq.utils import z85
 
+from sglang_adrenaline import tcp
 from sglang_adrenaline.control.common import (
     JOIN_S,
     LINGER_MS,
@@ -146,17 +146,12 @@ class ControlServer:
         return router
 
     def _bind(self, host: str, port: int) -> int:
+        where = tcp.own_endpoint(host, port)
         try:
-            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        except OSError as error:
-            raise ConfigError(f"control host {host!r} cannot be resolved: {error.strerror}") from None
-        ip = f"[{address[0]}]" if family == socket.AF_INET6 else address[0]
-        try:
-            self._router.bind(f"tcp://{ip}:{port or '*'}")
+            self._router.bind(where)
         except zmq.ZMQError as error:
             raise ConfigError(f"control port {host}:{port} cannot be bound: {error.strerror}") from None
-        endpoint = self._router.get_string(zmq.LAST_ENDPOINT)
-        return int(endpoint.rpartition(":")[2].rstrip("\0"))
+        return tcp.bound_port(self._router)
 
     # ---- I/O thread -------------------------------------------------------------------------------------------------
 

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 Address = tuple[str, int]
 OnMessage = Callable[["Link", Any], None]
 OnLost = Callable[["Link", str], None]
-OpenChannel = Callable[[ChannelSpec, str], DecodeEnd]
-"""Decode's end of the channel that a welcome offers; the second argument names the peer. Raises ChannelError."""
+OpenChannel = Callable[[ChannelSpec, "Peer"], DecodeEnd]
+"""Decode's end of the channel that a welcome of this peer offers. Raises ChannelError."""
 
 
 @dataclass
@@ -93,21 +93,21 @@ class Peer:
             heartbeat_timeout=config.heartbeat_timeout,
         )
 
-    def on_welcome(self, welcome: messages.Welcome) -> None:
+    def on_welcome(self, welcome: messages.Welcome) -> str | None:
         try:
-            channel = self._open_channel(welcome.channel, self.name)
+            channel = self._open_channel(welcome.channel, self)
         except (ChannelError, OSError) as error:
-            self.refused = f"channel of {self.name} cannot be opened: {error}"
-            logger.error("%s", self.refused)
-            return
+            return f"its channel cannot be opened: {error}"
         self.refused = ""
         self.stats = None
         self.link = Link(self._new_index(), self, channel, welcome.channel.shape.lanes, welcome.instance)
-        logger.info("attention offloading to %s is up (instance %s)", self.name, welcome.instance[:8])
+        kind = welcome.channel.kind
+        logger.info("attention offloading to %s is up (instance %s, channel %s)", self.name, welcome.instance[:8], kind)
+        return None
 
     def on_refused(self, reason: str) -> None:
         if reason != self.refused:
-            logger.error("%s refuses attention offloading: %s", self.name, reason)
+            logger.error("%s is not offloaded to: %s", self.name, reason)
         self.refused = reason
 
     def on_message(self, message: Any) -> None:

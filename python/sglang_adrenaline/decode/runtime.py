@@ -103,7 +103,7 @@ class DecodeRuntime:
             lanes_wanted=self.config.lanes_for(compat.device(self._scheduler).type),
         )
 
-    def _open_channel(self, spec: ChannelSpec, peer: str) -> DecodeEnd:
+    def _open_channel(self, spec: ChannelSpec, peer: Peer) -> DecodeEnd:
         """Control thread. Raises ChannelError."""
         device = compat.device(self._scheduler)
         if self.endpoint is not None and any(p.link is not None and p.link.alive for p in list(self._peers.values())):
@@ -114,7 +114,8 @@ class DecodeRuntime:
             endpoint=self.endpoint,
             wait_timeout=self.config.wait_timeout,
             expected=self._channel_shape(spec.shape.lanes),
-            peer=peer,
+            peer=peer.name,
+            host=peer.address[0],
         )
 
     def _channel_shape(self, lanes: int) -> ChannelShape:

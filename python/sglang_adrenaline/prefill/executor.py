@@ -137,7 +137,7 @@ class ThreadExecutor:
                         self._answer(call)
         except ChannelError as error:
             if not self._stopping:
-                logger.info("attention executor ends: %s", error)
+                self._on_failure(str(error))  # the decode instance may be there still: it gets another channel
         except Exception as error:
             logger.exception("attention executor failed")
             self._end.abort(f"attention executor failed: {error}")

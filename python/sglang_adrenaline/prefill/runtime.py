@@ -80,7 +80,7 @@ class PrefillRuntime:
         self._scheduler = scheduler
         self._shape = local_model_shape(scheduler)
         self._device = compat.device(scheduler)
-        self._kind = opening.resolve_kind(self.config.channel, self._device.type)
+        opening.check_kind(self.config.channel, self._device.type)
         self._lanes = self.config.lanes_for(self._device.type)
         self._share_gpu()
         self._rank = compat.rank(scheduler)
@@ -121,7 +121,7 @@ class PrefillRuntime:
 
     def _warm_up(self) -> None:
         """Raises ConfigError on a model that the executor cannot serve."""
-        if self._kind != "ipc":
+        if self._device.type != "cuda":
             return
         from sglang_adrenaline.prefill import gpu_executor
 
@@ -150,12 +150,15 @@ class PrefillRuntime:
             dtype=self._shape.dtype,
         )
         try:
+            kind = opening.choose_kind(self.config.channel, self._device.type, same_host=hello.host_id == host_id())
             end = opening.create_executor_end(
-                self._kind,
+                kind,
                 shape,
                 device=self._device.index,
                 wait_timeout=self.config.wait_timeout,
                 peer=f"decode {peer[:8]}",
+                host=self.config.control_host,
+                ports=self.config.channel_port_range,
             )
         except (ChannelError, OSError) as error:
             return messages.Refuse(messages.clip(f"no channel: {error}"))
@@ -167,11 +170,11 @@ class PrefillRuntime:
             self._sessions[peer] = session
             self._executors[key] = session
             self.pins.peer_joined(key, lanes)
-        logger.info("decode instance %s may offload, %d lanes", peer[:8], lanes)
+        logger.info("decode instance %s may offload, %d lanes, channel %s", peer[:8], lanes, kind)
         return messages.Welcome(instance=self.instance, channel=end.spec)
 
     def _make_executor(self, end: Any, name: str, on_failure: Callable[[str], None]) -> AttentionExecutor:
-        if self._kind == "shm":
+        if self._device.type == "cpu":
             return ThreadExecutor(end, self._layers, name, on_failure)
         from sglang_adrenaline.prefill.gpu_executor import GpuExecutor
 
@@ -181,8 +184,6 @@ class PrefillRuntime:
     def _refusal(self, hello: messages.Hello) -> str | None:
         if hello.sglang_version != version("sglang"):
             return f"SGLang {hello.sglang_version} on decode, {version('sglang')} on prefill"
-        if hello.host_id != host_id():
-            return opening.REACH[self._kind]
         if (hello.tp_rank, hello.tp_size) != (self._rank.tp_rank, self._rank.tp_size):
             return f"TP rank {hello.tp_rank}/{hello.tp_size}, not {self._rank.tp_rank}/{self._rank.tp_size}"
         if hello.page_size != self._pool.page_size:
