@@ -171,7 +171,7 @@ class Comparison:
     def _trace(
         self, system: System, deployment: Deployment, *, after_s: float | None, name: str
     ) -> AbstractContextManager:
-        """With --trace-at, lets the servers record their kernels. The first time takes them seconds: so in warm-up too."""
+        """With --trace-at, lets the servers record their kernels; in warm-up too, as the first time takes seconds."""
         if self.args.trace_at is None or after_s is None:
             return nullcontext()
         folder = self.args.out / "traces" / system.text.replace(":", "-") / name

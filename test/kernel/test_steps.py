@@ -194,3 +194,29 @@ def test_executor_peer_stops_in_the_middle_of_a_step_is_an_error(loop):
     status = channel.executor_host.status
     assert status.error == EndpointError.LATE and status.error_call == channel.num_layers + 1
     assert (status.steps_opened, status.steps_done) == (1, 0)
+
+
+def test_merge_hundreds_of_rows_notice_a_late_answer_as_soon_as_one_would():
+    """All blocks looking at host memory made every wait of more than 10 us one of 1.5 ms."""
+    rows, late_cycles = 256, 400_000  # about 0.2 ms
+    channel = Loopback(lanes=rows, num_layers=1, num_heads=32)
+    try:
+        q = torch.randn(rows, 32, channel.head_dim, device="cuda").to(channel.dtype)
+        o, lse = q.clone(), torch.zeros(rows, 32, device="cuda")
+        answer, lane_lse = torch.zeros_like(q), torch.zeros(rows, 32, device="cuda")
+        every = index(list(range(rows)))
+        waited = []
+        for _ in range(3):  # the first time loads kernels
+            torch.cuda.synchronize()
+            with torch.cuda.stream(channel.executor_stream):
+                kernels.wait_step(channel.executor.words)
+                torch.cuda._sleep(late_cycles)
+                kernels.put_answers(channel.executor.words, answer, lane_lse, 0)
+            with torch.cuda.stream(channel.decode_stream):
+                kernels.put_queries(channel.decode.words, q, every, every, 0)
+                kernels.wait_and_merge_(channel.decode.words, o, lse, every, every, 0)
+            assert finishes(channel.decode_stream, 5.0)
+            waited.append(channel.words(channel.decode)["wait_ns"] - sum(waited))
+        assert 100_000 < waited[-1] < 700_000
+    finally:
+        channel.close()

@@ -111,9 +111,13 @@ __device__ __forceinline__ void fail(Endpoint& e, Error error, uint64_t call) {
   }
 }
 
-// Spins until the peer's flag reaches `call`; true if it did. One thread. Ends at the latest at the limit that stands
-// in HostControl, or soon after its abort word is set; both are errors. `waited_ns` is the time from here to there.
-__device__ __forceinline__ bool wait_for_call(Endpoint& e, uint64_t call, uint64_t& waited_ns) {
+// Spins until the peer's flag reaches `call`; true if it did. One thread of a block. Ends at the latest at the limit that
+// stands in HostControl, or soon after its abort word is set; both are errors. `waited_ns` is the time from here to there.
+//
+// Of the blocks that wait for one call exactly one is the `keeper` and looks at host memory; the others learn from it
+// through the error word. Looks of hundreds of blocks at once take the bus more than a millisecond, and each block waits
+// for its own (seen on an H200: 1.5 ms for every wait longer than kHostLookNs).
+__device__ __forceinline__ bool wait_for_call(Endpoint& e, uint64_t call, bool keeper, uint64_t& waited_ns) {
   const auto* flag = at<const uint64_t>(e.own_flag);
   waited_ns = 0;
   if (load_acquire_sys(flag) >= call) return true;
@@ -126,6 +130,10 @@ __device__ __forceinline__ bool wait_for_call(Endpoint& e, uint64_t call, uint64
         waited_ns = global_timer_ns() - start;
         return true;
       }
+    }
+    if (!keeper) {
+      if (load_relaxed_sys(&e.error) != kNoError) return false;
+      continue;
     }
     const uint64_t now = global_timer_ns();
     if (now < next_look) continue;

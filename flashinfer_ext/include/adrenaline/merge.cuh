@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kMergeThreads) wait_and_merge_kernel(const Mer
         fail(e, kShape, call);
       } else {
         uint64_t waited_ns;
-        ready = wait_for_call(e, call, waited_ns);
+        ready = wait_for_call(e, call, keeper, waited_ns);
         if (keeper) {
           auto* status = at<HostStatus>(e.status);
           e.wait_ns += waited_ns;

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(32) wait_kernel(Endpoint* endpoint, uint32_t l
     wait_for_step(e);
   } else if (e.open != 0) {
     uint64_t waited_ns;
-    const bool came = wait_for_call(e, e.step * e.num_layers + layer, waited_ns);
+    const bool came = wait_for_call(e, e.step * e.num_layers + layer, true, waited_ns);
     e.wait_ns += waited_ns;
     e.waits += 1;
     auto* status = at<HostStatus>(e.status);
