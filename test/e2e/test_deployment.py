@@ -136,7 +136,7 @@ def generate(url: str, remote_prefix_len: Any) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.timeout(900)
 def test_launch_serves_idles_and_stops_when_a_child_dies(launches):
-    launch = launches(*servers.SMALL_SERVER_ARGS)
+    launch = launches(*servers.SMALL_SERVER_ARGS, "--max-restarts", "0")
     launch.wait_for("(OpenAI API under /v1)")
     for stage in ("prefill-0", "decode-0"):
         for text in ("loading the model", "listening on http://", "warm"):

@@ -33,6 +33,17 @@ def test_servers_share_one_gpu_where_there_are_too_few():
     assert gpus.placements(1, [1, 1]) == [shared, shared]
 
 
+def test_servers_are_spread_where_there_are_too_few_gpus_for_all():
+    def shared(gpu: int, fraction: str) -> list[str]:
+        return ["--base-gpu-id", str(gpu), "--mem-fraction-static", fraction]
+
+    two_each = [shared(0, "0.425"), shared(1, "0.425"), shared(0, "0.425"), shared(1, "0.425")]
+    assert gpus.placements(2, [1] * 4) == two_each
+    assert gpus.placements(2, [1] * 3) == [shared(0, "0.425"), shared(1, "0.850"), shared(0, "0.425")]
+    assert gpus.placements(2, [2, 2]) == [shared(0, "0.425"), shared(0, "0.425")]
+    assert gpus.placements(5, [2] * 3) == [shared(0, "0.425"), shared(2, "0.850"), shared(0, "0.425")]
+
+
 def test_without_gpus_nothing_is_placed():
     assert gpus.placements(0, [1, 1]) == [[], []]
 

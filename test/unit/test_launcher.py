@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import socket
@@ -16,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from sglang_adrenaline.errors import ConfigError
-from sglang_adrenaline.launcher import groups, options, ports
+from sglang_adrenaline.launcher import groups, options, ports, warmup
 from sglang_adrenaline.launcher.model import check_model_path
 from sglang_adrenaline.launcher.processes import PARENT_ENV, Child, start_child, stop_all
 from sglang_adrenaline.launcher.server_entry import one_line_errors
+from sglang_adrenaline.router.servers import Server
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
@@ -79,8 +81,14 @@ def test_parse_children_understand_what_they_are_given():
 @pytest.mark.parametrize(
     ("argv", "why"),
     [
-        (["--num-decode", "2"], "only one prefill and one decode server"),
         (["--num-prefill", "0"], "at least 1"),
+        (["--max-restarts", "-1"], "--max-restarts must be at least 0, not -1"),
+        (["--num-prefill", "101"], r"--decode-port and --prefill-port \+ 100 cannot both have port 30200"),
+        (["--decode-port", "65535", "--num-decode", "2"], r"--decode-port \+ 1: 65536 is not a port"),
+        (
+            ["--num-prefill", "3", "--bootstrap-port", "23130", "--adrenaline-control-port-offset", "2"],
+            r"--bootstrap-port \+ 2 and control port .* cannot both have port 23132",
+        ),
         (["--adrenaline-offload-ratio", "1.5"], "--adrenaline-offload-ratio must be a number in 0..1"),
         (["--adrenaline-offload-ratio", "much"], "must be a number in 0..1, or auto"),
         (["--port", "0"], "'0' is not a port"),
@@ -93,8 +101,31 @@ def test_parse_children_understand_what_they_are_given():
     ],
 )
 def test_parse_bad_value_is_refused_by_name(argv, why):
-    with pytest.raises(ConfigError, match=why.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=why):
         options.parse(argv)
+
+
+def test_parse_several_servers_get_ports_of_their_own():
+    plan = options.parse([*PORTS, "--num-prefill", "2", "--num-decode", "3", "--adrenaline-control-port-offset", "50"])
+    assert [(s.name, s.port) for s in plan.servers] == [
+        ("prefill-0", 23110),
+        ("prefill-1", 23111),
+        ("decode-0", 23120),
+        ("decode-1", 23121),
+        ("decode-2", 23122),
+    ]
+    assert [s.bootstrap_port for s in plan.of_role("prefill")] == [23130, 23131]
+    for server in plan.servers:
+        text = " ".join(server.argv)
+        assert f"--port {server.port}" in text and f"--disaggregation-bootstrap-port {server.bootstrap_port}" in text
+
+
+def test_parse_bootstrap_ports_leave_room_for_each_rank():
+    tp = ["--tp-size", "2", "--num-prefill", "2"]
+    assert [s.bootstrap_port for s in options.parse([*PORTS, *tp]).of_role("prefill")] == [23130, 23132]
+    first, second = (s.bootstrap_port for s in options.parse(tp).of_role("prefill"))
+    offset = 1000
+    assert len({first, second, *(port + offset + rank for port in (first, second) for rank in (0, 1))}) == 6
 
 
 def test_parse_port_in_use_is_named(listening):
@@ -112,6 +143,18 @@ def test_threads_per_server_share_the_cores():
     cores = len(os.sched_getaffinity(0))
     assert options.threads_per_server(1) == cores
     assert options.threads_per_server(10 * cores) == 1
+
+
+@pytest.mark.parametrize(("num_prefill", "num_decode"), [(1, 1), (2, 2), (3, 2), (1, 4)])
+def test_warm_up_rounds_have_every_pair_once_and_no_server_twice(num_prefill, num_decode):
+    prefill = [Server(f"http://p{index}", 1) for index in range(num_prefill)]
+    decode = [Server(f"http://d{index}") for index in range(num_decode)]
+    rounds = list(warmup.rounds(prefill, decode))
+    assert len(rounds) == max(num_prefill, num_decode)
+    pairs = [(pair.prefill, pair.decode) for pairs in rounds for pair in pairs]
+    assert sorted(pairs, key=str) == sorted(itertools.product(prefill, decode), key=str)
+    for one in rounds:
+        assert len({pair.prefill for pair in one}) == len({pair.decode for pair in one}) == len(one)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +177,7 @@ def test_check_model_path_missing_folder_is_refused_and_remote_name_passes():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--num-decode", "3"], ["--model-path", "/no/such/folder"], ["--disaggregation-mode", "both"]]
+    "argv", [["--num-decode", "0"], ["--model-path", "/no/such/folder"], ["--disaggregation-mode", "both"]]
 )
 def test_command_bad_input_is_one_line_and_exit_code_1(argv):
     command = [sys.executable, "-m", "sglang_adrenaline.launch_server", *argv]

@@ -1,4 +1,4 @@
-"""Which GPUs each server of a deployment gets: the next ones that are free, or all servers on one GPU.
+"""Which GPUs each server of a deployment gets: its own where there are enough, else those with the fewest servers.
 
 Looks at device files and CUDA_VISIBLE_DEVICES only, so that the launcher needs no CUDA library.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _SHARED_FRACTION = 0.85
-"""Of a GPU's memory, over all servers that share it."""
+"""Of a GPU's memory, over all servers on it, where servers share GPUs."""
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
@@ -25,16 +25,27 @@ def visible_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Pa
 def placements(num_gpus: int, gpus_per_server: Sequence[int]) -> list[list[str]]:
     """SGLang arguments that place each server; empty lists where there is nothing to say.
 
-    Servers get GPUs of their own, in order, as long as there are enough for all; otherwise all of them begin at GPU 0
-    and share its memory evenly.
+    Each server gets the block of GPUs with the fewest servers so far, the first of equal ones. Where GPUs have to be
+    shared, so is their memory, evenly.
     """
     if num_gpus == 0:
         return [[] for _ in gpus_per_server]
-    if sum(gpus_per_server) <= num_gpus:
-        first = [sum(gpus_per_server[:index]) for index in range(len(gpus_per_server))]
-        return [["--base-gpu-id", str(gpu)] for gpu in first]
-    fraction = f"{_SHARED_FRACTION / len(gpus_per_server):.3f}"
-    return [["--base-gpu-id", "0", "--mem-fraction-static", fraction] for _ in gpus_per_server]
+    shared = sum(gpus_per_server) > num_gpus
+    load = [0] * num_gpus
+    blocks = []
+    for size in gpus_per_server:
+        # Blocks do not overlap by halves where they are shared: a GPU would have more than its part of servers.
+        starts = range(0, max(num_gpus - size, 0) + 1, size if shared else 1)
+        first = min(starts, key=lambda start: max(load[start : start + size]))
+        for gpu in range(first, min(first + size, num_gpus)):
+            load[gpu] += 1
+        blocks.append(range(first, min(first + size, num_gpus)))
+    placed = [["--base-gpu-id", str(block.start)] for block in blocks]
+    if shared:
+        for arguments, block in zip(placed, blocks, strict=True):
+            servers = max(load[gpu] for gpu in block)
+            arguments += ["--mem-fraction-static", f"{_SHARED_FRACTION / servers:.3f}"]
+    return placed
 
 
 def without_given(placement: Sequence[str], given: Sequence[str]) -> list[str]:

@@ -1,8 +1,9 @@
 """Cleans up after a launcher that died without doing so itself. Runs as a small process of its own.
 
-Reads one fact a line from standard input: `group ID` (a process group of the launcher), `file PATH` (shared memory of
-its servers), `folder PATH` (temporary, with the key). The line `done` ends it quietly. End of input without `done`
-means that the launcher is gone, also by kill -9: the groups are killed and the rest is removed.
+Reads one fact a line from standard input: `group ID` (a process group of the launcher), `ended ID` (it is empty: the
+number may become another's), `file PATH` (shared memory of its servers), `folder PATH` (temporary, with the key). The
+line `done` ends it quietly. End of input without `done` means that the launcher is gone, also by kill -9: the groups
+are killed and the rest is removed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ class Guard:
             self._told.add(line)
             self._write(line)
 
+    def forget_group(self, group: int) -> None:
+        """The group is empty."""
+        self._told.discard(f"group {group}\n")
+        self._write(f"ended {group}\n")
+
     def dismiss(self, timeout_s: float = 5.0) -> None:
         """All is cleaned up: end the guard."""
         self._write("done\n")
@@ -65,7 +71,10 @@ def main() -> None:
         kind, _, value = line.rstrip("\n").partition(" ")
         if kind == "done":
             return
-        facts[kind].append(value)
+        if kind == "ended":
+            facts["group"].remove(value)
+        else:
+            facts[kind].append(value)
     remaining = [int(group) for group in facts["group"]]
     deadline = time.monotonic() + KILL_TIMEOUT_S
     while remaining and time.monotonic() < deadline:

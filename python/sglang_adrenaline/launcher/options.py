@@ -20,8 +20,9 @@ _DESCRIPTION = """\
 SGLang with attention offloading: the prompt's KV stays on the prefill server, whose attention executor answers the
 decode server layer by layer.
 
-Without --disaggregation-mode, one command starts a prefill server, a decode server and a router on this host, waits
-until a local and an offloaded request both gave tokens, and stops all of them together. With --disaggregation-mode
+Without --disaggregation-mode, one command starts prefill servers, decode servers (one each, or --num-prefill and
+--num-decode) and a router on this host, waits until a local request and offloaded ones gave tokens, starts a server
+again that ends, and stops all of them together. With --disaggregation-mode
 prefill or decode it starts only that server, in this process (for hosts of their own; --port and --host are then that
 server's).
 
@@ -34,6 +35,7 @@ examples:
   python -m sglang_adrenaline.launch_server
   python -m sglang_adrenaline.launch_server --model-path /models/llama --adrenaline-offload-ratio 0.5 --log-level debug
   python -m sglang_adrenaline.launch_server --decode-args "--max-running-requests 64"
+  python -m sglang_adrenaline.launch_server --num-prefill 2 --num-decode 2
   python -m sglang_adrenaline.launch_server --disaggregation-mode prefill --model-path /models/llama \\
       --port 30100 --adrenaline-key-file /etc/adrenaline.key
 """
@@ -60,21 +62,36 @@ def launcher_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("deployment on one host")
     group.add_argument("--host", default="127.0.0.1", help="address router and servers listen on (default 127.0.0.1)")
     group.add_argument("--port", type=port_number, default=30000, help="router, for clients (default 30000)")
-    group.add_argument("--prefill-port", type=port_number, default=30100, help="first prefill server (default 30100)")
-    group.add_argument("--decode-port", type=port_number, default=30200, help="first decode server (default 30200)")
+    group.add_argument(
+        "--prefill-port",
+        type=port_number,
+        default=30100,
+        help="first prefill server, the others follow (default 30100)",
+    )
+    group.add_argument(
+        "--decode-port", type=port_number, default=30200, help="first decode server, the others follow (default 30200)"
+    )
     group.add_argument(
         "--bootstrap-port",
         "--disaggregation-bootstrap-port",
         type=port_number,
-        help="where prefill and decode meet (default: the first free port from 8998 on)",
+        help="where the first prefill server meets decode servers, the others follow (default: free ones from 8998 on)",
     )
-    group.add_argument("--num-prefill", type=int, default=1, metavar="N", help="prefill servers (only 1 for now)")
-    group.add_argument("--num-decode", type=int, default=1, metavar="N", help="decode servers (only 1 for now)")
+    group.add_argument("--num-prefill", type=int, default=1, metavar="N", help="prefill servers (default 1)")
+    group.add_argument("--num-decode", type=int, default=1, metavar="M", help="decode servers (default 1)")
     group.add_argument("--prefill-args", type=shlex.split, default=[], metavar='"..."', help="more for prefill servers")
     group.add_argument("--decode-args", type=shlex.split, default=[], metavar='"..."', help="more for decode servers")
     group.add_argument("--log-dir", metavar="DIR", help="folder for the servers' logs (default: a fresh temporary one)")
     group.add_argument(
         "--startup-timeout", type=float, default=1800.0, metavar="S", help="give up if not ready by then (default 1800)"
+    )
+    group.add_argument(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="how often within ten minutes a server that ended is started again; everything stops once a role has no "
+        "server left (default 3; 0: never)",
     )
     group.add_argument(
         "--disaggregation-mode", choices=("prefill", "decode"), help="start only this server, in this process"
@@ -110,6 +127,8 @@ class Plan:
     key_file: str | None
     log_dir: str | None
     startup_timeout: float
+    max_restarts: int
+    """Of one server within ten minutes."""
     api_key: str | None
     servers: tuple[ServerPlan, ...]
 
@@ -137,29 +156,12 @@ def parse(argv: list[str]) -> Plan:
     args, passed = launcher_parser().parse_known_args(_join_quoted(argv))
     if args.num_prefill < 1 or args.num_decode < 1:
         raise ConfigError("--num-prefill and --num-decode must be at least 1")
-    if args.num_prefill > 1 or args.num_decode > 1:
-        raise ConfigError(
-            f"only one prefill and one decode server for now, not {args.num_prefill} and {args.num_decode}"
-        )
+    if args.max_restarts < 0:
+        raise ConfigError(f"--max-restarts must be at least 0, not {args.max_restarts}")
     if args.startup_timeout <= 0:
         raise ConfigError(f"--startup-timeout must be a number of seconds > 0, not {args.startup_timeout}")
     config.config_from_args(args, "prefill")  # values out of range are found here, not by a child a minute later
-    bootstrap_port = _checked_ports(args)
-    common = [*_adrenaline_argv(args), *passed]
-
-    tensor_parallel = _value_of(passed, "--tp-size") or _value_of(passed, "--tp") or "1"
-    per_server = [int(tensor_parallel) if tensor_parallel.isdigit() else 1] * 2
-    prefill_gpus, decode_gpus = gpus.placements(gpus.visible_gpus(), per_server)
-
-    def server(role: config.Role, port: int, placement: list[str], extra: list[str]) -> ServerPlan:
-        placement = gpus.without_given(placement, [*passed, *extra])
-        argv = (*_server_argv(args.host, role, port, bootstrap_port), *placement, *common, *extra)
-        return ServerPlan(role, 0, port, bootstrap_port, argv)
-
-    servers = (
-        server("prefill", args.prefill_port, prefill_gpus, args.prefill_args),
-        server("decode", args.decode_port, decode_gpus, args.decode_args),
-    )
+    servers = _servers(args, passed)
     return Plan(
         host=args.host,
         port=args.port,
@@ -168,6 +170,7 @@ def parse(argv: list[str]) -> Plan:
         key_file=args.key_file,
         log_dir=args.log_dir,
         startup_timeout=args.startup_timeout,
+        max_restarts=args.max_restarts,
         api_key=_value_of(passed, "--api-key"),
         servers=servers,
     )
@@ -178,17 +181,54 @@ def threads_per_server(num_servers: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // num_servers)
 
 
-def _checked_ports(args: argparse.Namespace) -> int:
-    """The bootstrap port, after all ports were found to be distinct and free."""
-    named = [("--port", args.port), ("--prefill-port", args.prefill_port), ("--decode-port", args.decode_port)]
+def _servers(args: argparse.Namespace, passed: list[str]) -> tuple[ServerPlan, ...]:
+    """Prefill servers first. Raises ConfigError on ports that cannot be had."""
+    tensor_parallel = _value_of(passed, "--tp-size") or _value_of(passed, "--tp") or "1"
+    ranks = int(tensor_parallel) if tensor_parallel.isdigit() else 1
+    bootstrap_ports = _bootstrap_ports(args, ranks)
+    roles: list[tuple[config.Role, int, int, list[str]]] = [
+        *(("prefill", index, args.prefill_port, args.prefill_args) for index in range(args.num_prefill)),
+        *(("decode", index, args.decode_port, args.decode_args) for index in range(args.num_decode)),
+    ]
+    placements = gpus.placements(gpus.visible_gpus(), [ranks] * len(roles))
+    common = [*_adrenaline_argv(args), *passed]
+    servers = []
+    for (role, index, first_port, extra), placement in zip(roles, placements, strict=True):
+        bootstrap_port = bootstrap_ports[index if role == "prefill" else 0]  # a decode server learns it from requests
+        argv = _server_argv(args.host, role, first_port + index, bootstrap_port)
+        argv += [*gpus.without_given(placement, [*passed, *extra]), *common, *extra]
+        servers.append(ServerPlan(role, index, first_port + index, bootstrap_port, tuple(argv)))
+    return tuple(servers)
+
+
+def _bootstrap_ports(args: argparse.Namespace, ranks: int) -> list[int]:
+    """One for each prefill server, after all ports were found to be distinct and free."""
+    named = [("--port", args.port)]
+    for role, first, count in (
+        ("prefill", args.prefill_port, args.num_prefill),
+        ("decode", args.decode_port, args.num_decode),
+    ):
+        named += [(_ordinal(f"--{role}-port", index), first + index) for index in range(count)]
+    chosen: list[int] = []
     if args.bootstrap_port is not None:
-        control = control_port(args.bootstrap_port, args.control_port_offset)
-        named += [("--bootstrap-port", args.bootstrap_port), ("control port (--bootstrap-port + offset)", control)]
+        # Control ports are numbered by rank from bootstrap port + offset on, hence the gaps.
+        chosen = [args.bootstrap_port + index * ranks for index in range(args.num_prefill)]
+        for index, port in enumerate(chosen):
+            named.append((_ordinal("--bootstrap-port", index), port))
+            for rank in range(ranks):
+                control = control_port(port, args.control_port_offset, rank)
+                named.append((_ordinal("control port (--bootstrap-port + offset)", index * ranks + rank), control))
     check_free(args.host, named)
-    if args.bootstrap_port is not None:
-        return args.bootstrap_port
     taken = {port for _, port in named}
-    return choose_bootstrap_port(args.host, DEFAULT_BOOTSTRAP_PORT, args.control_port_offset, taken)
+    while len(chosen) < args.num_prefill:
+        port = choose_bootstrap_port(args.host, DEFAULT_BOOTSTRAP_PORT, args.control_port_offset, taken, ranks)
+        taken |= {port, *(control_port(port, args.control_port_offset, rank) for rank in range(ranks))}
+        chosen.append(port)
+    return chosen
+
+
+def _ordinal(what: str, index: int) -> str:
+    return f"{what} + {index}" if index else what
 
 
 def _server_argv(host: str, role: str, port: int, bootstrap_port: int) -> list[str]:

@@ -41,6 +41,8 @@ def check_free(host: str, ports: Iterable[tuple[str, int]]) -> None:
             raise ConfigError(f"{what} and {owners[port]} cannot both have port {port}")
         owners[port] = what
     for port, what in owners.items():
+        if port > 65535:
+            raise ConfigError(f"{what}: {port} is not a port in 1..65535")
         if not is_free(host, port):
             raise ConfigError(f"{what}: port {port} on {host} is in use")
 
@@ -53,10 +55,10 @@ def control_port(bootstrap_port: int, offset: int, tp_rank: int = 0) -> int:
     return port
 
 
-def choose_bootstrap_port(host: str, first: int, offset: int, taken: set[int]) -> int:
-    """The first port from `first` on that is free together with its control port and not in `taken`."""
-    for port in range(first, min(first + 500, 65536 - max(offset, 0))):
-        pair = {port, control_port(port, offset)}
-        if not pair & taken and all(is_free(host, p) for p in pair):
+def choose_bootstrap_port(host: str, first: int, offset: int, taken: set[int], ranks: int = 1) -> int:
+    """The first port from `first` on that is free together with its control ports, one a rank, and not in `taken`."""
+    for port in range(first, min(first + 500, 65536 - max(offset, 0) - ranks)):
+        needed = {port, *(control_port(port, offset, rank) for rank in range(ranks))}
+        if not needed & taken and all(is_free(host, p) for p in needed):
             return port
-    raise ConfigError(f"no free pair of bootstrap and control ports from {first} on; give one with --bootstrap-port")
+    raise ConfigError(f"no free bootstrap and control ports from {first} on; give one with --bootstrap-port")

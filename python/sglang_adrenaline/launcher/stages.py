@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from sglang_adrenaline.launcher.processes import Child
@@ -54,7 +54,7 @@ def http_status(host: str, port: int, path: str, timeout_s: float) -> int | None
         connection.close()
 
 
-def server_stages(child: Child, host: str, port: int) -> Starting:
+def server_stages(child: Child, host: str, port: int, health_timeout_s: float = 30.0) -> Starting:
     """Stages of an SGLang server. `warm`: SGLang's own warm-up is over and its health check generates a token."""
     return Starting(
         child,
@@ -63,7 +63,7 @@ def server_stages(child: Child, host: str, port: int) -> Starting:
         [
             ("loading the model", lambda: child.log_contains(LOADING_MARK)),
             (f"listening on http://{host}:{port}", lambda: http_status(host, port, "/model_info", 5.0) is not None),
-            ("warm", lambda: http_status(host, port, "/health", 30.0) == 200),
+            ("warm", lambda: http_status(host, port, "/health", health_timeout_s) == 200),
         ],
     )
 
@@ -80,7 +80,7 @@ def wait_for(starting: Iterable[Starting], progress: Progress, deadline: float, 
         progress(one.child.name, f"starting, log: {one.child.log}")
     while pending:
         for one in list(pending):
-            for text in _advance(one):
+            for text in advance(one):
                 progress(one.child.name, text)
             if not one.stages:
                 pending.remove(one)
@@ -96,7 +96,9 @@ def wait_for(starting: Iterable[Starting], progress: Progress, deadline: float, 
     return True
 
 
-def _advance(one: Starting) -> Iterator[str]:
+def advance(one: Starting) -> list[str]:
     """Names of the stages that `one` has passed since the last call."""
+    passed = []
     while one.stages and one.stages[0][1]():
-        yield one.stages.pop(0)[0]
+        passed.append(one.stages.pop(0)[0])
+    return passed

@@ -1,30 +1,35 @@
-"""Starts a deployment, watches its processes without polling, and stops all of them together. The launcher's main."""
+"""Starts a deployment, has its processes kept running, and stops all of them together. The launcher's main."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from sglang_adrenaline import refusals
 from sglang_adrenaline.errors import ConfigError
 from sglang_adrenaline.launcher import groups, stages, warmup
 from sglang_adrenaline.launcher.guard import Guard
+from sglang_adrenaline.launcher.keeper import Keeper, Kept
 from sglang_adrenaline.launcher.model import check_model_path
 from sglang_adrenaline.launcher.options import Plan, ServerPlan, threads_per_server
 from sglang_adrenaline.launcher.processes import ERROR_PREFIX, Child, start_child, stop_all
 from sglang_adrenaline.launcher.stages import Progress, StartFailed
+from sglang_adrenaline.router.servers import make_server
 
 GRACE_S = 2.0
 """For the servers to end by themselves after SIGTERM. Short: SGLang looks at that signal only every 5 s and then drains
 for up to 15 s more, and what a kill leaves (shared memory) we remove."""
 SHARED_MEMORY_LOOK_S = 5.0
+RESTART_HEALTH_TIMEOUT_S = 3.0
+"""For a restarted server to answer one look at its health: shorter than at start, as others are watched meanwhile."""
 LOG_LINES = 25
 
 
@@ -81,7 +86,9 @@ class Deployment:
         self._log_dir = log_dir
         self._stop = stop
         self._progress = progress
-        self._children: list[Child] = []
+        self._children: dict[str, Child] = {}
+        """By name, the newest process of each."""
+        self._starts: dict[str, int] = {}
         self._guard = Guard()
         self._guard.tell("folder", str(private_dir))
         self._shared_memory: set[str] = set()
@@ -109,10 +116,35 @@ class Deployment:
         router = self._start_router()
         if not stages.wait_for([router], self._progress, deadline, self._stop.came):
             return False
-        for server in self._plan.of_role("decode"):
-            warmup.run(self._url(self._plan.port), self._url(server.port), self._plan.api_key, self._progress)
+        prefill = [make_server(self._url(s.port), s.bootstrap_port) for s in self._plan.of_role("prefill")]
+        decode = [make_server(self._url(s.port)) for s in self._plan.of_role("decode")]
+        warmup.run(self._url(self._plan.port), prefill, decode, self._plan.api_key, self._progress)
         self._note_shared_memory()
         return not self._stop.came()
+
+    def _watch(self) -> None:
+        """Until a stop is asked for. Raises StartFailed when a role has lost its last server for good."""
+        starts: dict[str, tuple[str, Callable[[], stages.Starting]]] = {
+            server.name: (server.role, partial(self._start_server, server, RESTART_HEALTH_TIMEOUT_S))
+            for server in self._plan.servers
+        }
+        starts["router"] = ("router", self._start_router)
+        kept = [Kept(name, role, start, self._children[name]) for name, (role, start) in starts.items()]
+        plan = self._plan
+        keeper = Keeper(
+            kept, self, self._progress, max_restarts=plan.max_restarts, start_timeout_s=plan.startup_timeout
+        )
+        keeper.run(self._stop)
+
+    def ended(self, child: Child) -> None:
+        """End what is left of a lost server, before another one takes its ports and its GPU."""
+        if stop_all([child], grace_s=0.0):
+            raise StartFailed(f"{child.name} could not be ended", child)
+        self._guard.forget_group(child.group)
+        groups.remove_shared_memory(self._shared_memory)
+
+    def serves(self, child: Child) -> None:
+        self._note_shared_memory()
 
     def _looked_after(self) -> bool:
         """Called now and then while servers start; True if a stop was asked for."""
@@ -123,11 +155,11 @@ class Deployment:
 
     def _note_shared_memory(self) -> None:
         """Remember what the servers hold, to remove it once they are gone, however they went."""
-        self._shared_memory |= groups.shared_memory({child.group for child in self._children})
+        self._shared_memory |= groups.shared_memory({child.group for child in self._children.values()})
         for path in self._shared_memory:
             self._guard.tell("file", path)
 
-    def _start_server(self, server: ServerPlan) -> stages.Starting:
+    def _start_server(self, server: ServerPlan, health_timeout_s: float = 30.0) -> stages.Starting:
         argv = ["-m", "sglang_adrenaline.launch_server", *server.argv, "--adrenaline-key-file", self._key_file]
         if self._model_path is not None:
             argv += ["--model-path", self._model_path]
@@ -135,7 +167,8 @@ class Deployment:
         if self._client_host == self._plan.host:
             defaults["SGLANG_HOST_IP"] = self._plan.host  # KV transfer listens there, too, and nowhere else
         env = {name: value for name, value in defaults.items() if name not in os.environ}
-        return stages.server_stages(self._start_child(server.name, argv, env), self._client_host, server.port)
+        child = self._start_child(server.name, argv, env)
+        return stages.server_stages(child, self._client_host, server.port, health_timeout_s)
 
     def _start_router(self) -> stages.Starting:
         argv = ["-m", "sglang_adrenaline.router", "--host", self._plan.host, "--port", str(self._plan.port)]
@@ -146,26 +179,13 @@ class Deployment:
         return stages.router_stages(self._start_child("router", argv, {}), self._client_host, self._plan.port)
 
     def _start_child(self, name: str, argv: list[str], env: dict[str, str]) -> Child:
-        child = start_child(name, argv, self._log_dir / f"{name}.log", env)
+        number = self._starts.get(name, 0)
+        self._starts[name] = number + 1
+        log = f"{name}.{number}.log" if number else f"{name}.log"
+        child = start_child(name, argv, self._log_dir / log, env)
         self._guard.tell("group", child.group)
-        self._children.append(child)
+        self._children[name] = child
         return child
-
-    def _watch(self) -> None:
-        """Sleep until a stop is asked for (returns) or a child ends (raises StartFailed)."""
-        with contextlib.ExitStack() as stack:
-            poll = select.poll()
-            poll.register(self._stop.fd, select.POLLIN)
-            for child in self._children:
-                with contextlib.suppress(ProcessLookupError):
-                    fd = os.pidfd_open(child.process.pid)
-                    stack.callback(os.close, fd)
-                    poll.register(fd, select.POLLIN)
-            while not self._stop.came():
-                for child in self._children:
-                    if not child.is_alive():
-                        raise StartFailed(f"{child.name} {child.fate()}", child)
-                poll.poll()
 
     def _report(self, failure: StartFailed) -> None:
         """The end of the log of the child to blame, then the one line that says what happened."""
@@ -184,7 +204,7 @@ class Deployment:
         self._note_shared_memory()
         asked_before = self._stop.count
         # A signal that comes while we are stopping means: now.
-        stuck = stop_all(self._children[::-1], GRACE_S, lambda: self._stop.count > asked_before)
+        stuck = stop_all([*self._children.values()][::-1], GRACE_S, lambda: self._stop.count > asked_before)
         if stuck:
             self._progress("stopping", f"could not end {', '.join(stuck)}")
             return  # the guard goes on when we are gone
