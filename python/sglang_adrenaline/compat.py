@@ -280,6 +280,30 @@ def no_request_waits_for_a_row(scheduler: Scheduler) -> bool:
     return not scheduler.disagg_decode_prealloc_queue.queue
 
 
+def known_prefill(scheduler: Scheduler, address: tuple[str, int]) -> Any:
+    """What decode has cached about the prefill server at a bootstrap address, None if nothing. Any thread."""
+    return _kv_manager(scheduler).prefill_info_table.get(_host_port(address))
+
+
+def forget_prefill(scheduler: Scheduler, address: tuple[str, int]) -> None:
+    """What SGLang does when its own heartbeats miss a prefill server: drop what is cached, fail what waits for it.
+
+    From any thread: upstream calls it from a thread of its own.
+    """
+    _kv_manager(scheduler)._handle_node_failure(_host_port(address))
+
+
+def _kv_manager(scheduler: Scheduler) -> Any:
+    return scheduler.disagg_decode_prealloc_queue.kv_manager
+
+
+def _host_port(address: tuple[str, int]) -> str:
+    """As SGLang writes bootstrap addresses."""
+    from sglang.srt.utils.network import NetworkAddress
+
+    return NetworkAddress(*address).to_host_port_str()
+
+
 def ran_decode_step(scheduler: Scheduler) -> bool:
     """Whether the scheduler's loop before this one ran a decode step. Before a loop's batch is chosen."""
     return scheduler.last_batch is not None and scheduler.last_batch.forward_mode.is_decode()

@@ -18,12 +18,12 @@ from sglang_adrenaline import messages
 from sglang_adrenaline.channel.base import ChannelSpec, DecodeEnd
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.control import ControlClient
+from sglang_adrenaline.decode.restarts import Address, RestartedPrefill
 from sglang_adrenaline.errors import ChannelError
 from sglang_adrenaline.keys import ControlKeys
 
 logger = logging.getLogger(__name__)
 
-Address = tuple[str, int]
 OnMessage = Callable[["Link", Any], None]
 OnLost = Callable[["Link", str], None]
 OpenChannel = Callable[[ChannelSpec, "Peer"], DecodeEnd]
@@ -69,6 +69,7 @@ class Peer:
         new_index: Callable[[], int],
         on_message: OnMessage,
         on_lost: OnLost,
+        restarted: RestartedPrefill,
     ) -> None:
         self.address = address
         self.link: Link | None = None
@@ -83,6 +84,7 @@ class Peer:
         self._on_message = on_message
         self._on_lost = on_lost
         self._open_channel = open_channel
+        self._restarted = restarted
         self.client = ControlClient(
             address[0],
             port,
@@ -100,6 +102,7 @@ class Peer:
             return f"its channel cannot be opened: {error}"
         self.refused = ""
         self.stats = None
+        self._restarted.welcomed(self.address, welcome.instance)
         self.link = Link(self._new_index(), self, channel, welcome.channel.shape.lanes, welcome.instance)
         kind = welcome.channel.kind
         logger.info("attention offloading to %s is up (instance %s, channel %s)", self.name, welcome.instance[:8], kind)
@@ -123,6 +126,7 @@ class Peer:
         if link is not None:
             logger.warning("attention offloading to %s is down: %s", self.name, reason)
             link.close(reason)
+            self._restarted.lost(self.address, link.instance)
             self._on_lost(link, reason)
 
     @property
@@ -130,12 +134,14 @@ class Peer:
         return f"prefill {self.address[0]}:{self.address[1]}"
 
     def status(self) -> dict[str, Any]:
-        stats = self.stats if self.link is not None else None
+        link = self.link
+        stats = self.stats if link is not None else None
         return {
             "role": "prefill",
             "address": f"{self.address[0]}:{self.address[1]}",
-            "connected": self.link is not None,
+            "connected": link is not None,
             "refused": self.refused,
+            "steps": link.channel.steps if link is not None else 0,
             "free_tokens": stats.free_tokens if stats else None,
             "pinned_tokens": stats.pinned_tokens if stats else None,
         }

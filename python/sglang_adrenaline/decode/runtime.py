@@ -20,6 +20,7 @@ from sglang_adrenaline.decode.auto import Admission
 from sglang_adrenaline.decode.by_load import ByLoad, make_decider
 from sglang_adrenaline.decode.links import Address, Link, LinkIndex, Peer
 from sglang_adrenaline.decode.offload import Offload, OffloadState
+from sglang_adrenaline.decode.restarts import RestartedPrefill
 from sglang_adrenaline.decode.table import OffloadTable
 from sglang_adrenaline.errors import ChannelError, PeerLostError
 from sglang_adrenaline.keys import load_key_file
@@ -40,6 +41,8 @@ MAX_UNPLACED = 32
 those that would wait long for decode's memory are offered when their turn comes, not when they arrive. With ratio auto,
 requests that were decided to be local count as well."""
 MAX_PEERS = 64
+FORGET_S = 300.0
+"""A prefill instance that has been away this long has left: nobody asks for it any more until a request names it."""
 READY_WAIT_S = 10.0
 """Between the arrival of the transfer and the word that the prefix is pinned."""
 
@@ -91,6 +94,7 @@ class DecodeRuntime:
         self._shape = local_model_shape(scheduler)
         self._rank = compat.rank(scheduler)
         self._pool = pool
+        self._restarted = RestartedPrefill(scheduler)
 
     def _hello(self) -> messages.Hello:
         return messages.make_hello(
@@ -189,8 +193,17 @@ class DecodeRuntime:
             new_index=self._new_index,
             on_message=self._on_message,
             on_lost=self._on_lost,
+            restarted=self._restarted,
         )
         return True
+
+    def _forget_absent_peers(self) -> None:
+        now = time.monotonic()
+        absent = [a for a, peer in self._peers.items() if peer.link is None and now - peer.since > FORGET_S]
+        if absent:
+            used = {offload.address for offload in self._offloads.values()}
+            for address in set(absent) - used:
+                self._peers.pop(address).close()
 
     def advance(self, offload: Offload) -> None:
         """Called at every poll of the request while its transfer is being prepared or under way."""
@@ -335,6 +348,7 @@ class DecodeRuntime:
                 self._fail_now(offload)
             elif offload.retracting and not compat.is_retracted_and_waiting(self._scheduler, offload.req):
                 self.end(offload)  # aborted while it was retracted
+        self._forget_absent_peers()
         if len(self._links) > len(self._peers):
             used = {o.link.index for o in self._offloads.values() if o.link is not None}
             for index, link in list(self._links.items()):

@@ -265,6 +265,10 @@ class PinTable:
         with self._lock:
             return [p for p in self._pins.values() if p.state in (PinState.RESERVED, PinState.PINNED)]
 
+    def lanes_in_use(self, peer: str) -> int:
+        with self._lock:
+            return sum(pin.peer == peer for pin in self._live())
+
     def counts(self) -> PinCounts:
         with self._lock:
             live = self._live()

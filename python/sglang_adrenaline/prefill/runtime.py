@@ -309,7 +309,7 @@ class PrefillRuntime:
             pinned_tokens=counts.pinned_tokens,
             pinned_requests=counts.pinned_requests,
             lanes=session.lanes,
-            lanes_in_use=counts.lanes_in_use,
+            lanes_in_use=self.pins.lanes_in_use(session.key),
             steps=session.executor.steps_done,
             prefill_load=min(max(self._load.load, 0.0), 1.0),
             executor_share=self.gpu.executor_share if self.gpu is not None else 0.0,
@@ -357,7 +357,14 @@ class PrefillRuntime:
             "role": "prefill",
             "instance": self.instance,
             "peers": [
-                {"role": "decode", "instance": peer, "connected": True, "lanes": session.lanes}
+                {
+                    "role": "decode",
+                    "instance": peer,
+                    "connected": True,
+                    "lanes": session.lanes,
+                    "lanes_in_use": self.pins.lanes_in_use(session.key),
+                    "steps": session.executor.steps_done,
+                }
                 for peer, session in list(self._sessions.items())
             ],
             "running": {"reserved": counts.reserved_requests, "offloaded": counts.pinned_requests},
