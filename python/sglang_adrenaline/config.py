@@ -18,6 +18,8 @@ import msgspec
 from sglang_adrenaline.errors import ConfigError
 
 CONFIG_ENV = "SGLANG_ADRENALINE_CONFIG"
+HOST_SERVERS_ENV = "SGLANG_ADRENALINE_HOST_SERVERS"
+"""How many servers the launcher starts on this host; they share its memory."""
 
 Role = Literal["prefill", "decode"]
 ChannelKind = Literal["auto", "shm", "ipc", "zmq"]

@@ -18,6 +18,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sglang_adrenaline import cpu_info
+from sglang_adrenaline.config import HOST_SERVERS_ENV
 from sglang_adrenaline.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -62,14 +63,14 @@ def choose_dtype(requested: str, model_dtype: object, bf16_arithmetic: bool) -> 
     return "bfloat16" if bf16_arithmetic and model_dtype == torch.bfloat16 else "float32"
 
 
-def default_pool_tokens(bytes_per_token: int, available_bytes: int, context_len: int) -> int:
+def default_pool_tokens(bytes_per_token: int, available_bytes: int, context_len: int, servers: int = 2) -> int:
     """Size of the KV pool in tokens where the user named none.
 
-    A fifth of the memory that is free now: prefill and decode servers usually share a host, and upstream's estimate
-    would take nearly all of it for each. Never more than 65,536 tokens or four contexts, whichever is more, because
+    All `servers` of the host together take two fifths of the memory that is free now; upstream's estimate would take
+    nearly all of it for each. Never more than 65,536 tokens or four contexts, whichever is more, because
     the pool is zeroed (and so paid for) at start; never fewer than 1,024, where upstream's own limit decides.
     """
-    affordable = available_bytes // 5 // max(1, bytes_per_token)
+    affordable = available_bytes * 2 // (5 * max(2, servers)) // max(1, bytes_per_token)
     return max(_MIN_POOL_TOKENS, min(affordable, max(_MAX_POOL_TOKENS, 4 * context_len)))
 
 
@@ -148,7 +149,8 @@ class AdrenalineCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.max_running_requests = _MAX_RUNNING_REQUESTS
         if server_args.max_total_tokens is None:
             available, _ = self.get_available_memory()
-            server_args.max_total_tokens = default_pool_tokens(_kv_bytes(model), available, model.context_len)
+            servers = int(os.environ.get(HOST_SERVERS_ENV, "2"))
+            server_args.max_total_tokens = default_pool_tokens(_kv_bytes(model), available, model.context_len, servers)
 
     def init_backend(self) -> None:
         """Called while SGLang's model runner is imported, in each process that does so."""

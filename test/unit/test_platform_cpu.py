@@ -137,6 +137,11 @@ def test_default_pool_fits_the_memory(bytes_per_token: int, available: int, cont
     assert default_pool_tokens(bytes_per_token, available, context) == expected
 
 
+@pytest.mark.parametrize(("servers", "expected"), [(1, 8192), (2, 8192), (4, 4096), (8, 2048)])
+def test_default_pools_of_many_servers_share_the_memory(servers: int, expected: int):
+    assert default_pool_tokens(2**20, 40 * 2**30, 4096, servers) == expected
+
+
 def test_usable_cores_follow_the_affinity_mask():
     one = subprocess.run(
         [sys.executable, "-c", "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from sglang_adrenaline import refusals
+from sglang_adrenaline.config import HOST_SERVERS_ENV
 from sglang_adrenaline.errors import ConfigError
 from sglang_adrenaline.launcher import groups, stages, warmup
 from sglang_adrenaline.launcher.guard import Guard
@@ -163,7 +164,8 @@ class Deployment:
         argv = ["-m", "sglang_adrenaline.launch_server", *server.argv, "--adrenaline-key-file", self._key_file]
         if self._model_path is not None:
             argv += ["--model-path", self._model_path]
-        defaults = {"OMP_NUM_THREADS": str(threads_per_server(len(self._plan.servers)))}
+        servers = len(self._plan.servers)
+        defaults = {"OMP_NUM_THREADS": str(threads_per_server(servers)), HOST_SERVERS_ENV: str(servers)}
         if self._client_host == self._plan.host:
             defaults["SGLANG_HOST_IP"] = self._plan.host  # KV transfer listens there, too, and nowhere else
         env = {name: value for name, value in defaults.items() if name not in os.environ}
