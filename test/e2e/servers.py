@@ -281,18 +281,31 @@ def adrenaline(
     return Group({"prefill": prefill, "decode": decode, "router": router}, front="router")
 
 
-def launcher(model: Path | str | None, logs: Path, *, args: Sequence[str] = SMALL_SERVER_ARGS) -> Group:
+def launcher(
+    model: Path | str | None,
+    logs: Path,
+    *,
+    args: Sequence[str] = SMALL_SERVER_ARGS,
+    num_prefill: int = 1,
+    num_decode: int = 1,
+) -> Group:
     """Everything through our launcher, as one process group, not started yet. `model` None: the demo model."""
-    ports = free_ports(3)
-    command = [sys.executable, "-m", "sglang_adrenaline.launch_server", "--host", HOST]
-    for flag, port in zip(("--port", "--prefill-port", "--decode-port"), ports, strict=True):
-        command += [flag, str(port)]
+    counts = {"prefill": num_prefill, "decode": num_decode}
+    ports = {role: free_ports_in_a_row(count) for role, count in counts.items()}
+    port = free_ports(1)[0]
+    command = [sys.executable, "-m", "sglang_adrenaline.launch_server", "--host", HOST, "--port", str(port)]
+    for role, count in counts.items():
+        command += [f"--{role}-port", str(ports[role]), f"--num-{role}", str(count)]
     command += ["--log-dir", str(logs / "launcher-logs"), *args]
     if model is not None:
         command += ["--model-path", str(model)]
     # The router listens before the warm-up is over, so its answer is no sign that the launcher is done.
-    server = Server("launcher", command, ports[0], logs / "launcher.log", STRICT_ENV, ready_line=LAUNCHER_READY)
-    inner = {name: f"http://{HOST}:{port}" for name, port in zip(("prefill", "decode"), ports[1:], strict=True)}
+    server = Server("launcher", command, port, logs / "launcher.log", STRICT_ENV, ready_line=LAUNCHER_READY)
+    inner = {
+        f"{role}-{index}" if counts[role] > 1 else role: f"http://{HOST}:{first + index}"
+        for role, first in ports.items()
+        for index in range(counts[role])
+    }
     return Group({"launcher": server}, front="launcher", inner_urls=inner)
 
 
@@ -343,6 +356,17 @@ def free_ports(count: int, *, also_free: int | None = None) -> list[int]:
         if len(chosen) == count:
             return chosen
     raise ServerError("no free port found")
+
+
+def free_ports_in_a_row(count: int) -> int:
+    """The first of `count` such ports."""
+    for _ in range(1000):
+        first = free_ports(1)[0]
+        others = set(range(first + 1, first + count))
+        if not others & _taken_ports and all(map(_is_free, others)):
+            _taken_ports.update(others)
+            return first
+    raise ServerError(f"no {count} free ports in a row found")
 
 
 def _is_free(port: int) -> bool:

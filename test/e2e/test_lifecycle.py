@@ -7,7 +7,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import aiohttp
 import pytest
@@ -24,11 +24,11 @@ IDLE_SHARE = 0.05
 """Of one core, all servers together."""
 
 
-def leftovers(group: Group) -> list[str]:
+def leftovers(group: Group, names: Sequence[str] = ("prefill", "decode")) -> list[str]:
     """Everything that is still held somewhere, in words; empty when all was given back."""
-    prefill, decode = group.status("prefill"), group.status("decode")
     held = []
-    for name, status in (("prefill", prefill), ("decode", decode)):
+    for name in names:
+        status = group.status(name)
         tokens = status["tokens"]
         held += [f"{name} runs {n} {kind}" for kind, n in status["running"].items() if n]
         held += [f"{name} has {status['lanes_in_use']} lanes in use"] if status["lanes_in_use"] else []
@@ -39,10 +39,10 @@ def leftovers(group: Group) -> list[str]:
     return held
 
 
-def wait_for_nothing_left(group: Group, timeout_s: float = 30) -> None:
+def wait_for_nothing_left(group: Group, timeout_s: float = 30, names: Sequence[str] = ("prefill", "decode")) -> None:
     with contextlib.suppress(Exception):
-        wait_until(lambda: not leftovers(group), timeout_s, "everything given back")
-    assert leftovers(group) == []
+        wait_until(lambda: not leftovers(group, names), timeout_s, "everything given back")
+    assert leftovers(group, names) == []
 
 
 async def _send_and_leave(session: aiohttp.ClientSession, url: str, payload: dict, stay_s: float | None) -> int:
