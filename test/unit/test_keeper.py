@@ -118,11 +118,20 @@ def test_keeper_starts_a_killed_server_again(fleet):
 def test_keeper_gives_up_a_server_that_keeps_ending_while_another_of_its_role_is_left(fleet):
     kept = fleet({"prefill-0": [ENDS], "prefill-1": [SERVES], "decode-0": [SERVES]}, max_restarts=2)
     wait_until(lambda: any("given up" in line for line in kept.said))
-    assert kept.said[-1] == "prefill-0 no memory; given up after 2 restarts in 10 minutes (prefill servers left: 1)"
+    assert kept.said[-1] == "prefill-0 no memory; given up after 2 restarts (prefill servers left: 1)"
     assert len(kept.ended_children) == 3
     kept.kill("prefill-1")
     wait_until(lambda: any(line.startswith("prefill-1 serves again") for line in kept.said))
     assert kept.failure is None
+
+
+def test_keeper_a_server_that_served_for_long_has_its_tries_anew(fleet, monkeypatch):
+    monkeypatch.setattr("sglang_adrenaline.launcher.keeper.STEADY_S", 0.0)
+    kept = fleet({"prefill-0": [SERVES], "decode-0": [SERVES]}, max_restarts=1)
+    for count in (1, 2, 3):
+        kept.kill("prefill-0")
+        wait_until(lambda count=count: len(kept.serving) == count)
+    assert kept.failure is None and sum("restart 1 of 1" in line for line in kept.said) == 3
 
 
 def test_keeper_ends_when_the_last_server_of_a_role_is_given_up(fleet):

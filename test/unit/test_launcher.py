@@ -336,28 +336,32 @@ for path in groups.shared_memory({child.group}):
 print(child.group, flush=True)
 if sys.argv[3] == "dismiss":
     guard.dismiss()
+if sys.argv[3] == "forget":
+    guard.forget_group(child.group)
 time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("dismissed", [False, True])
-def test_guard_cleans_up_after_a_killed_launcher_unless_dismissed(tmp_path, dismissed):
-    path = shm_file(f"guard-{dismissed}")
+@pytest.mark.parametrize("what", ["stay", "dismiss", "forget"])
+def test_guard_cleans_up_after_a_killed_launcher_but_leaves_alone_what_is_not_its_own(tmp_path, what):
+    path = shm_file(f"guard-{what}")
     (tmp_path / "child.py").write_text(HOLDS_SHARED_MEMORY)
-    command = [sys.executable, "-c", LAUNCHER, str(tmp_path), str(path), "dismiss" if dismissed else "stay"]
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path), str(path), what]
     launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         group = int(launcher.stdout.readline())
-        if dismissed:
+        if what == "dismiss":
             time.sleep(0.5)
         launcher.kill()
         launcher.wait(10)
-        if dismissed:
-            time.sleep(1.0)
-            assert not groups.is_empty(group) and path.exists()
-        else:
+        if what == "stay":
             wait_until(lambda: groups.is_empty(group))
-            wait_until(lambda: not path.exists() and not (tmp_path / "private").exists())
+            wait_until(lambda: not path.exists())
+        if what != "dismiss":
+            wait_until(lambda: not (tmp_path / "private").exists())
+        if what != "stay":
+            time.sleep(1.0 if what == "dismiss" else 0.0)
+            assert not groups.is_empty(group) and path.exists()
     finally:
         launcher.kill()
         groups.kill(group)

@@ -17,8 +17,8 @@ from sglang_adrenaline.launcher import stages
 from sglang_adrenaline.launcher.processes import Child
 from sglang_adrenaline.launcher.stages import Progress, StartFailed, Starting
 
-WINDOW_S = 600.0
-"""Restarts that are longer ago than this do not count."""
+STEADY_S = 600.0
+"""A server that has served this long since its last restart has its tries anew."""
 FIRST_DELAY_S, DELAY_FACTOR = 1.0, 4.0
 
 
@@ -31,8 +31,9 @@ class Kept:
     start: Callable[[], Starting]
     """Starts a process for it."""
     child: Child
-    restarts: list[float] = field(default_factory=list)
-    """Those that count; seconds, monotonic."""
+    restarts: int = 0
+    """In a row, without STEADY_S of service in between."""
+    serves_since: float = field(default_factory=time.monotonic)
     restart_at: float | None = None
     """Set while it has no process."""
     starting: Starting | None = None
@@ -91,7 +92,7 @@ class Keeper:
         elif one.starting is not None:
             stages.advance(one.starting)
             if not one.starting.stages:
-                one.starting = None
+                one.starting, one.serves_since = None, now
                 self._owner.serves(one.child)
                 self._progress(one.name, f"serves again after {time.monotonic() - one.child.started:.0f} s")
             elif now > one.deadline:
@@ -100,20 +101,20 @@ class Keeper:
     def _lost(self, one: Kept, why: str) -> None:
         self._owner.ended(one.child)
         now = time.monotonic()
+        if one.starting is None and now - one.serves_since >= STEADY_S:
+            one.restarts = 0
         one.starting = None
-        one.restarts = [at for at in one.restarts if now - at < WINDOW_S]
-        number = len(one.restarts) + 1
-        if number <= self._max_restarts:
-            delay = FIRST_DELAY_S * DELAY_FACTOR ** len(one.restarts)
-            one.restarts.append(now)
+        if one.restarts < self._max_restarts:
+            delay = FIRST_DELAY_S * DELAY_FACTOR**one.restarts
+            one.restarts += 1
             one.restart_at = now + delay
-            self._progress(one.name, f"{why}; restart {number} of {self._max_restarts} in {delay:g} s")
+            self._progress(one.name, f"{why}; restart {one.restarts} of {self._max_restarts} in {delay:g} s")
             return
         one.given_up = True
         left = sum(other.role == one.role and not other.given_up for other in self._kept)
         if not left:
             raise StartFailed(f"{one.name} {why}", one.child)
-        tried = f"after {self._max_restarts} restarts in {WINDOW_S / 60:g} minutes " if self._max_restarts else ""
+        tried = f"after {one.restarts} restarts " if one.restarts else ""
         self._progress(one.name, f"{why}; given up {tried}({one.role} servers left: {left})")
 
     def _sleep(self, stop: Stop) -> None:

@@ -90,8 +90,8 @@ def launcher_parser() -> argparse.ArgumentParser:
         type=int,
         default=3,
         metavar="N",
-        help="how often within ten minutes a server that ended is started again; everything stops once a role has no "
-        "server left (default 3; 0: never)",
+        help="how often in a row, without ten minutes of service in between, a server that ended is started again; "
+        "everything stops once a role has no server left (default 3; 0: never)",
     )
     group.add_argument(
         "--disaggregation-mode", choices=("prefill", "decode"), help="start only this server, in this process"
@@ -128,7 +128,7 @@ class Plan:
     log_dir: str | None
     startup_timeout: float
     max_restarts: int
-    """Of one server within ten minutes."""
+    """Of one server in a row."""
     api_key: str | None
     servers: tuple[ServerPlan, ...]
 
