@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sglang_adrenaline.ranks import Ranks
+
 Scheduler = Any
 Req = Any
 
@@ -243,14 +245,14 @@ def model_fingerprint(scheduler: Scheduler) -> str:
 # ---- scheduler ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rank:
-    tp_rank: int
-    tp_size: int
+def ranks(scheduler: Scheduler) -> Ranks:
+    """The group is the one in which SGLang compares the polls of its receivers."""
+    return Ranks(scheduler.ps.tp_rank, scheduler.ps.tp_size, scheduler.attn_tp_cpu_group)
 
 
-def rank(scheduler: Scheduler) -> Rank:
-    return Rank(scheduler.ps.tp_rank, scheduler.ps.tp_size)
+def rids(batch: Any) -> list[str]:
+    """Names of a ScheduleBatch's requests, in its order."""
+    return [req.rid for req in batch.reqs]
 
 
 def running_requests(scheduler: Scheduler) -> Sequence[Req]:
@@ -363,8 +365,9 @@ def device_name(scheduler: Scheduler) -> str:
     return cpu_name()
 
 
-def metrics_enabled(scheduler: Scheduler) -> bool:
-    return bool(scheduler.server_args.enable_metrics)
+def publishes_metrics(scheduler: Scheduler) -> bool:
+    """One rank of a server does."""
+    return bool(scheduler.server_args.enable_metrics) and ranks(scheduler).is_first
 
 
 def bootstrap_port(scheduler: Scheduler) -> int:

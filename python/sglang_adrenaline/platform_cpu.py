@@ -134,6 +134,8 @@ class AdrenalineCpuPlatform(CpuDeviceMixin, SRTPlatform):
         server_args.sleep_on_idle = True
         for name, value in _ENV_DEFAULTS.items():
             os.environ.setdefault(name, value)
+        if server_args.tp_size > 1:
+            _prepare_tensor_parallel(server_args)
         threads = max(1, cpu_info.usable_cores() // max(1, server_args.tp_size))
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         self._size_to_machine(server_args)
@@ -164,6 +166,20 @@ class AdrenalineCpuPlatform(CpuDeviceMixin, SRTPlatform):
             raise ConfigError(f"{ATTENTION_ENV} must be adrenaline or upstream, not {choice!r}")
         if choice == "adrenaline":
             _register_attention()
+
+
+def _prepare_tensor_parallel(server_args: Any) -> None:
+    """Let collectives go through gloo, and ranks share a NUMA node. Raises ConfigError where upstream has no way."""
+    if cpu_info.is_arm64():
+        raise ConfigError(
+            "--tp-size > 1 is not supported on arm64 CPUs: SGLang's all-reduce for them is not in its wheel"
+        )
+    server_args.disable_custom_all_reduce = True
+    # With CUDA's libraries installed upstream would find NCCL and ask it for a GPU.
+    os.environ.setdefault("SGLANG_NCCL_SO_PATH", "none-on-a-cpu")
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[rank :: server_args.tp_size] or cores for rank in range(server_args.tp_size)]
+    os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, share)) for share in shares))
 
 
 def _kv_bytes(model: Any) -> int:

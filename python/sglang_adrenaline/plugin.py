@@ -133,7 +133,7 @@ class SchedulerHandlers:
             self._runtime.attach_scheduler(scheduler)
         except AdrenalineError as error:
             _fail(error)
-        if compat.metrics_enabled(scheduler):
+        if compat.publishes_metrics(scheduler):
             from sglang_adrenaline.metrics import StatusMetrics
 
             self._metrics = StatusMetrics(self._role)

@@ -35,7 +35,6 @@ def check_sglang_version() -> None:
 
 
 SERVER_RULES: tuple[Rule, ...] = (
-    (lambda a: a.tp_size > 1, "tensor parallelism (--tp-size > 1)"),
     (lambda a: a.pp_size > 1, "pipeline parallelism (--pp-size > 1)"),
     (lambda a: a.enable_dp_attention, "DP attention (--enable-dp-attention)"),
     (lambda a: a.dp_size > 1, "data parallelism inside one server (--dp-size > 1)"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from sglang_adrenaline import policy
-from sglang_adrenaline.prefill.pins import NackReason, PinState, PinTable
+from sglang_adrenaline.prefill.pins import NackReason, PinTable
 
 POOL = 400
 FRACTION = 0.8
@@ -18,6 +18,19 @@ LANES = 4
 
 def table(**kwargs) -> PinTable:
     return PinTable(pool_tokens=POOL, num_slots=POOL + 1, max_fraction=FRACTION, **kwargs)
+
+
+def collect(pins, steps_done):
+    rooms = pins.pinned_rooms()
+    over = pins.are_over(rooms, steps_done)
+    return pins.collect([room for room, ended in zip(rooms, over, strict=True) if ended])
+
+
+def pin(pins, room, slots, handle):
+    claim = pins.claim(room, lambda: "")
+    assert claim is not None
+    pins.pin(claim, slots, handle)
+    return claim
 
 
 @dataclass
@@ -91,30 +104,33 @@ class Mix(RuleBasedStateMachine):
             assert reason is NackReason.BAD_OFFER and split == 0
         return request
 
-    @rule(request=requests, shared=st.booleans(), start=st.integers(1, 100))
-    def prefill(self, request, shared, start):
+    @rule(request=requests, shared=st.booleans(), start=st.integers(1, 100), ends_meanwhile=st.booleans())
+    def prefill(self, request, shared, start, ends_meanwhile):
         """Prefill is done; a shared prompt has the slots of another, others get any."""
         start = 1 if shared else start
         slots = np.arange(start, start + request.split)
-        reservation = self.table.lookup(request.room)
-        if reservation is None or reservation.state in (PinState.PINNED, PinState.ENDING):
+        claim = self.claim(request)
+        if claim is None:
             return
-        handle = self.tree.lock(slots)
-        pin = self.table.pin(request.room, slots, handle)
-        if pin is None:
-            self.tree.unlock(handle)
-            assert request.room not in self.reserved
-            return
-        self.reserved.discard(request.room)
+        if ends_meanwhile:
+            assert self.table.end(request.peer, request.room, 0)
+        self.table.pin(claim, slots, self.tree.lock(slots))
         self.pinned[request.room] = request
-        assert (pin.peer, pin.lane) not in self.attached
-        self.attached[pin.peer, pin.lane] = request.room
+        assert (claim.peer, claim.lane) not in self.attached
+        self.attached[claim.peer, claim.lane] = request.room
+
+    def claim(self, request):
+        claim = self.table.claim(request.room, lambda: "")
+        assert (claim is not None) == (request.room in self.reserved)
+        assert self.table.claim(request.room, lambda: "") is None
+        self.reserved.discard(request.room)
+        return claim
 
     @rule(request=requests)
     def lost_from_cache(self, request):
-        if self.table.lookup(request.room) and self.table.lookup(request.room).state is PinState.RESERVED:
-            assert self.table.refuse(request.room, NackReason.NOT_CACHED) is not None
-            self.reserved.discard(request.room)
+        claim = self.claim(request)
+        if claim is not None:
+            assert self.table.refuse(claim, NackReason.NOT_CACHED)
 
     @rule(peer=peers)
     def begin_step(self, peer):
@@ -147,7 +163,7 @@ class Mix(RuleBasedStateMachine):
 
     @rule()
     def pump(self):
-        for pin in self.table.collect(lambda peer: self.steps_done[peer]):
+        for pin in collect(self.table, lambda peer: self.steps_done[peer]):
             assert pin.peer not in self.alive or self.steps_done[pin.peer] >= pin.last_step
             del self.attached[pin.peer, pin.lane]
             del self.pinned[pin.room]
@@ -217,22 +233,40 @@ def test_collect_waits_for_the_last_step():
     pins = table()
     pins.peer_joined("a", 1)
     pins.offer("a", 1, 5, 10)
-    pins.pin(1, np.arange(1, 6), "lock")
+    pin(pins, 1, np.arange(1, 6), "lock")
     pins.end("a", 1, last_step=3)
-    assert pins.collect(lambda _: 2) == []
-    assert [pin.room for pin in pins.collect(lambda _: 3)] == [1]
+    assert collect(pins, lambda _: 2) == []
+    assert [done.room for done in collect(pins, lambda _: 3)] == [1]
 
 
-def test_refuse_of_a_pinned_room_changes_nothing():
-    """A second request of the room, whose prompt the tree does not hold, must not take the first one's pin away."""
+def test_claim_of_a_pinned_room_is_none():
+    """A second request of the room, whose prompt the tree may not hold, must not take the first one's pin away."""
     pins = table()
     pins.peer_joined("a", 1)
     pins.offer("a", 1, 5, 10)
-    pins.pin(1, np.arange(1, 6), "lock")
-    assert pins.refuse(1, NackReason.NOT_CACHED) is None
-    assert pins.pin(1, np.arange(11, 16), "another lock") is None
+    pin(pins, 1, np.arange(1, 6), "lock")
+    assert pins.claim(1, lambda: "") is None
     assert pins.counts().pinned_tokens == 5
-    assert pins.end("a", 1, 0) and [pin.handle for pin in pins.collect(lambda _: 0)] == ["lock"]
+    assert pins.end("a", 1, 0) and [done.handle for done in collect(pins, lambda _: 0)] == ["lock"]
+
+
+def test_claim_for_another_prompt_is_none_and_leaves_the_reservation():
+    pins = table()
+    pins.peer_joined("a", 1)
+    pins.offer("a", 1, 5, 10, "this prompt")
+    assert pins.claim(1, lambda: "another") is None
+    assert pins.claim(1, lambda: "this prompt") is not None
+
+
+def test_end_between_claim_and_refusal_gives_all_back():
+    pins = table()
+    pins.peer_joined("a", 1)
+    pins.offer("a", 1, 5, 10)
+    claim = pins.claim(1, lambda: "")
+    assert claim is not None and pins.end("a", 1, 0)
+    assert not pins.refuse(claim, NackReason.NOT_CACHED)
+    assert pins.counts().lanes_in_use == 0 and pins.nacks == {}
+    assert pins.offer("a", 2, 5, 10) is None
 
 
 def test_lanes_lowest_free_one_is_given():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,9 @@ MODELS: dict[str, tuple[dict[str, Any], str | None]] = {
 }
 
 FLAGS: dict[str, tuple[list[str], str]] = {
-    "tp": (["--tp-size", "2"], "--tp-size"),
     "pp": (["--pp-size", "2"], "--pp-size"),
     "dp": (["--dp-size", "2"], "--dp-size"),
+    "dp attention": (["--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"], "--enable-dp-attention"),
     "nodes": (["--nnodes", "2", "--dist-init-addr", "127.0.0.1:2000"], "--nnodes"),
     "hicache": (["--enable-hierarchical-cache"], "--enable-hierarchical-cache"),
     "kv dtype": (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype fp8_e5m2"),
@@ -174,8 +175,22 @@ def test_check_plain_server_passes(role, sglang, folder):
     assert refusal(sglang, folder(LLAMA), role) is None
 
 
+@pytest.fixture
+def own_environment(monkeypatch):
+    """What the CPU platform sets for several ranks goes with the test."""
+    for name in ("SGLANG_CPU_OMP_THREADS_BIND", "SGLANG_NCCL_SO_PATH"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_check_tensor_parallel_server_passes(role, sglang, folder, own_environment):
+    assert refusal(sglang, folder(LLAMA), role, "--tp-size", "2") is None
+    assert len(os.environ["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
+
+
 @pytest.mark.parametrize("name", FLAGS)
-def test_check_flag(name, sglang, folder):
+def test_check_flag(name, sglang, folder, own_environment):
     argv, why = FLAGS[name]
     told = refusal(sglang, folder(LLAMA), "prefill", *argv)
     assert told is not None and why in told
@@ -200,9 +215,9 @@ def test_check_channel_of_another_device(role, sglang, folder):
 
 
 def test_check_names_every_reason_at_once(sglang, folder):
-    argv = ["--tp-size", "2", "--enable-hierarchical-cache", "--kv-cache-dtype", "fp8_e5m2"]
+    argv = ["--pp-size", "2", "--enable-hierarchical-cache", "--kv-cache-dtype", "fp8_e5m2"]
     told = refusal(sglang, folder(MODELS["gemma2"][0]), "prefill", *argv)
-    for why in ("--tp-size", "--enable-hierarchical-cache", "--kv-cache-dtype", "sliding-window"):
+    for why in ("--pp-size", "--enable-hierarchical-cache", "--kv-cache-dtype", "sliding-window"):
         assert why in told
 
 

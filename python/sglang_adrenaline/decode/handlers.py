@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sglang_adrenaline import compat
 from sglang_adrenaline.decode.runtime import DecodeRuntime
 
 
@@ -39,7 +40,7 @@ class DecodeHandlers:
 
     def check_step(self, scheduler: Any, batch: Any, result: Any) -> None:
         """The batch's tokens are about to count. On a GPU only its completion tells whether its round trips worked."""
-        if self.runtime.endpoint is not None and batch.forward_mode.is_decode():
+        if batch.forward_mode.is_decode() and self.runtime.table.any_remote(compat.rids(batch)):
             if result.copy_done is not None:
                 result.copy_done.synchronize()  # upstream waits for it next in any case
             self.runtime.after_step()

@@ -38,7 +38,7 @@ class GatedReceiver:
         poll = self._inner.poll()
         if poll == KVPoll.Failed:
             return poll
-        if poll == KVPoll.Bootstrapping and self._offload.by_load and self._offload.undecided:
+        if poll == KVPoll.Bootstrapping and self._offload.split_open:
             return poll  # its turn has not come before SGLang could admit it
         self._runtime.advance(self._offload)
         if self._offload.state is OffloadState.FAILED:

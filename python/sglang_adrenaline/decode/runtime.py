@@ -1,7 +1,8 @@
 """What the decode server adds to SGLang's scheduler: which requests are offloaded, to where, and how each of them ends.
 
 Lives in the decode scheduler's process. Messages of prefill instances arrive in control threads, which only change the
-state of an `Offload`; everything that touches requests, rows or pools happens in the scheduler thread.
+word of an `Offload`; everything that touches requests, rows or pools happens in the scheduler thread, and from what all
+tensor-parallel ranks agreed on.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from sglang_adrenaline import compat, messages, policy
 from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec, DecodeEnd
 from sglang_adrenaline.channel.opening import open_decode_end
 from sglang_adrenaline.config import AdrenalineConfig
+from sglang_adrenaline.decode import agreement
 from sglang_adrenaline.decode.auto import Admission
 from sglang_adrenaline.decode.by_load import ByLoad, make_decider
 from sglang_adrenaline.decode.links import Address, Link, LinkIndex, Peer
-from sglang_adrenaline.decode.offload import Offload, OffloadState
+from sglang_adrenaline.decode.offload import Offload, OffloadState, Word
 from sglang_adrenaline.decode.restarts import RestartedPrefill
 from sglang_adrenaline.decode.table import OffloadTable
 from sglang_adrenaline.errors import ChannelError, PeerLostError
@@ -85,14 +87,14 @@ class DecodeRuntime:
     def attach_scheduler(self, scheduler: Any) -> None:
         pool = compat.pool_shape(scheduler)
         self._scheduler = scheduler
+        self._ranks = compat.ranks(scheduler)
         ratio = self.config.offload_ratio
         fixed = 0.0 if ratio == "auto" else ratio
         self._settings = policy.Settings(fixed, self.config.min_offload_tokens, pool.page_size)
-        if ratio == "auto":
+        if ratio == "auto" and self._ranks.is_first:
             decider = make_decider(self.config, scheduler, self._admission, pool.page_size)
             self._by_load = ByLoad(decider, scheduler, pool.tokens)
         self._shape = local_model_shape(scheduler)
-        self._rank = compat.rank(scheduler)
         self._pool = pool
         self._restarted = RestartedPrefill(scheduler)
 
@@ -101,8 +103,8 @@ class DecodeRuntime:
             instance=self.instance,
             model=self._shape,
             host_id=host_id(),
-            tp_rank=self._rank.tp_rank,
-            tp_size=self._rank.tp_size,
+            tp_rank=self._ranks.tp_rank,
+            tp_size=self._ranks.tp_size,
             page_size=self._pool.page_size,
             lanes_wanted=self.config.lanes_for(compat.device(self._scheduler).type),
         )
@@ -146,22 +148,23 @@ class DecodeRuntime:
             wish = policy.requested_prefix_len(compat.custom_params(req), length)
         except ValueError:  # the front end let it pass, so the prompt was cut since: then for this prompt's whole
             wish = policy.WHOLE_PROMPT
-        by_load = self._by_load is not None and wish is None
+        by_load = self.config.offload_ratio == "auto" and wish is None
         remote, self._policy = policy.decide(self._policy, length, wish, self._settings)
-        address = compat.bootstrap_address(req)
-        if (remote == 0 and not by_load) or room in self._offloads or not self._has_peer(address):
+        if (remote == 0 and not by_load) or room in self._offloads:
             self.local_total += 1
             return None
         offload = Offload(
             req=req,
             room=room,
-            address=address,
+            address=compat.bootstrap_address(req),
             remote_prefix_len=remote,
             prompt_len=length,
             created_at=time.monotonic(),
             forced=wish is not None,
-            by_load=by_load,
+            split_open=by_load,
         )
+        if not self._has_peer(offload.address):  # other ranks may have it: they have to hear that this one has not
+            self._decline(offload, "no_peer")
         self._offloads[room] = offload
         if not by_load:
             self.advance(offload)
@@ -174,7 +177,7 @@ class DecodeRuntime:
         """
         if address in self._peers:
             return True
-        port = address[1] + self.config.control_port_offset + self._rank.tp_rank
+        port = address[1] + self.config.control_port_offset + self._ranks.tp_rank
         if self._keys is None or not 0 < port < 65_536:
             return False
         if len(self._peers) >= MAX_PEERS:
@@ -207,31 +210,32 @@ class DecodeRuntime:
 
     def advance(self, offload: Offload) -> None:
         """Called at every poll of the request while its transfer is being prepared or under way."""
-        if offload.by_load and offload.state is OffloadState.CONNECTING and self._turns_over():
-            return
         now = time.monotonic()
-        if offload.state is OffloadState.CONNECTING:
-            peer = self._peers[offload.address]
-            link = peer.link
-            if link is not None and offload.by_load:
-                if peer.stats is not None or now > offload.created_at + CONNECT_WAIT_S:
-                    self._decide_by_load(offload, link)
-            elif link is not None:
-                if len(self._admission.waiting) < MAX_UNPLACED:
-                    self._offer(offload, link)
-            elif peer.refused:
-                self._stay_local(offload, OffloadState.CONNECTING, "refused")
-            elif now > (offload.created_at + FORCED_CONNECT_WAIT_S if offload.forced else peer.since + CONNECT_WAIT_S):
-                self._stay_local(offload, OffloadState.CONNECTING, "unreachable")
-        elif offload.state is OffloadState.OFFERED and now - offload.created_at > OFFER_WAIT_S:
-            assert offload.link is not None
-            if self._stay_local(offload, OffloadState.OFFERED, "no_answer"):
-                offload.link.send(messages.End(room=offload.room, last_step=0))
+        if offload.to_be_offered:
+            self._try_to_offer(offload, now)
+        elif offload.word is Word.WAITING and now - offload.created_at > OFFER_WAIT_S:
+            self._decline(offload, "no_answer")
 
-    def _turns_over(self) -> bool:
+    def _try_to_offer(self, offload: Offload, now: float) -> None:
+        by_load = offload.split_open
+        if by_load and (self._by_load is None or self._turns_over(self._by_load)):
+            return  # its turn has not come, or the first rank has not said so yet
+        peer = self._peers[offload.address]
+        link = peer.link
+        if link is not None and by_load:
+            if peer.stats is not None or now > offload.created_at + CONNECT_WAIT_S:
+                self._decide_by_load(offload, link)
+        elif link is not None:
+            if len(self._admission.waiting) < MAX_UNPLACED:
+                self._offer(offload, link)
+        elif peer.refused:
+            self._decline(offload, "refused")
+        elif now > (offload.created_at + FORCED_CONNECT_WAIT_S if offload.forced else peer.since + CONNECT_WAIT_S):
+            self._decline(offload, "unreachable")
+
+    def _turns_over(self, by_load: ByLoad) -> bool:
         """Whether no further request can be decided by load in this scheduler loop."""
-        assert self._by_load is not None
-        return self._by_load.turns_over or len(self._admission.waiting) >= MAX_UNPLACED
+        return by_load.turns_over or len(self._admission.waiting) >= MAX_UNPLACED
 
     def _decide_by_load(self, offload: Offload, link: Link) -> None:
         """Decide if it is the request's turn; those behind it are not looked at before it was decided."""
@@ -241,12 +245,11 @@ class DecodeRuntime:
             offload.remote_prefix_len = decision.split
             self._offer(offload, link)
         elif decision is not None:
-            offload.move(OffloadState.CONNECTING, OffloadState.LOCAL)
+            offload.decline()
 
     def _offer(self, offload: Offload, link: Link) -> None:
         offload.link = link
         offload.created_at = time.monotonic()
-        offload.move(OffloadState.CONNECTING, OffloadState.OFFERED)
         self._links[link.index] = link
         self._admission.decided(compat.rid(offload.req), offload.prompt_len - offload.remote_prefix_len)
         link.send(
@@ -258,12 +261,10 @@ class DecodeRuntime:
             )
         )
 
-    def _stay_local(self, offload: Offload, expected: OffloadState, reason: str) -> bool:
-        """False if an answer came at the last moment."""
-        if not offload.move(expected, OffloadState.LOCAL):
-            return False
-        self.nacks[reason] += 1
-        return True
+    def _decline(self, offload: Offload, reason: str) -> None:
+        """This rank cannot offload the request, unless an answer came at the last moment."""
+        if offload.decline():
+            self.nacks[reason] += 1
 
     def of(self, req: Any) -> Offload | None:
         """The offload of a request that is remote; None for local ones."""
@@ -292,7 +293,7 @@ class DecodeRuntime:
         now = time.monotonic()
         offload.transferred_at = offload.transferred_at or now
         if now - offload.transferred_at > READY_WAIT_S:
-            offload.fail(f"prefill {offload.address[0]}:{offload.address[1]} did not pin the prompt's KV in time")
+            offload.lose(f"prefill {offload.address[0]}:{offload.address[1]} did not pin the prompt's KV in time")
 
     def on_transferred(self, offload: Offload) -> None:
         """The request has all it needs to decode."""
@@ -318,14 +319,18 @@ class DecodeRuntime:
         if self._offloads.get(offload.room) is not offload:
             return
         del self._offloads[offload.room]
-        if offload.link is not None and offload.state is not OffloadState.LOCAL:
-            offload.link.send(messages.End(room=offload.room, last_step=offload.link.channel.steps))
+        self._give_back(offload)
         if offload.state is OffloadState.FAILED:
             self.failed_total += 1
         elif offload.state is OffloadState.READY:
             self.offloaded_total += 1
         else:
             self.local_total += 1
+
+    def _give_back(self, offload: Offload) -> None:
+        """Whatever our prefill rank keeps for the request; it does not mind if that is nothing."""
+        if offload.link is not None:
+            offload.link.send(messages.End(room=offload.room, last_step=offload.link.channel.steps))
 
     def retracting(self, req: Any) -> None:
         """The row is about to be released, but the request comes back for it: the prefix stays pinned."""
@@ -339,11 +344,10 @@ class DecodeRuntime:
             self._admission.waiting.clear()  # whatever became of them
         if self._by_load is not None:
             self._by_load.new_loop(self._offloads.values(), self._peers.values(), self._links.values())
+        self._agree()
         for offload in list(self._offloads.values()):
-            if offload.state is OffloadState.LOCAL:  # refused; stock behaviour from here on
-                self.local_total += 1
-                del self._offloads[offload.room]
-                self._keep_waiting(offload)
+            if offload.state is OffloadState.LOCAL:
+                self._become_local(offload)
             elif offload.state is OffloadState.FAILED:
                 self._fail_now(offload)
             elif offload.retracting and not compat.is_retracted_and_waiting(self._scheduler, offload.req):
@@ -358,8 +362,19 @@ class DecodeRuntime:
                     link.channel.close()
                     del self._links[index]
 
-    def _keep_waiting(self, offload: Offload) -> None:
-        """The request is local: if it has no row yet, it will take room for its whole prompt."""
+    def _agree(self) -> None:
+        """Compare with the other ranks what became of each request. All ranks come here together."""
+        offloads = list(self._offloads.values())
+        said = agreement.say(offloads, decides=self._ranks.is_first)
+        agreement.hear(offloads, self._ranks.lowest(said))
+
+    def _become_local(self, offload: Offload) -> None:
+        """Stock behaviour from here on. If the request has no row yet, it will take room for its whole prompt."""
+        self.local_total += 1
+        del self._offloads[offload.room]
+        self._give_back(offload)
+        if offload.word is not Word.NO:
+            self.nacks["other_rank"] += 1
         rid = compat.rid(offload.req)
         if rid not in self._admission.waiting:
             return
@@ -385,17 +400,14 @@ class DecodeRuntime:
         return self._links[index]
 
     def step_failed(self, link: Link, reason: str) -> None:
-        """A step could not be finished with this link: what depends on it ends; the tokens of the step do not count."""
+        """This rank could not finish a step with this link: `after_step` ends what depends on it, on all ranks."""
         link.close(reason)
         if link.peer.link is link:  # else that session is over already, and the next one has nothing to do with this
             link.peer.client.reconnect(reason)
         self._on_lost(link, reason)
-        for offload in self._offloads_of(link):
-            if offload.state is OffloadState.FAILED:
-                self._fail_now(offload)
 
     def after_step(self) -> None:
-        """The work of the step whose tokens are about to count is complete on the device.
+        """A step with offloaded rows is complete on the device; its tokens are about to count on all ranks, or on none.
 
         On a GPU a step that could not be finished shows only now; on a CPU it showed in the forward pass.
         """
@@ -405,6 +417,10 @@ class DecodeRuntime:
                     link.channel.check()
                 except PeerLostError as error:
                     self.step_failed(link, str(error))
+        self._agree()
+        for offload in list(self._offloads.values()):
+            if offload.state is OffloadState.FAILED:
+                self._fail_now(offload)
 
     # ---- control threads --------------------------------------------------------------------------------------------
 
@@ -414,22 +430,22 @@ class DecodeRuntime:
             return
         match message:
             case messages.Accept():
-                offload.move(OffloadState.OFFERED, OffloadState.ACCEPTED)
+                offload.accept()
             case messages.Ready(lane=lane):
                 if lane >= link.lanes or any(o.lane == lane for o in self._offloads_of(link)):
-                    offload.fail(f"{link.peer.name} gave it lane {lane}, which is not free")
+                    offload.lose(f"{link.peer.name} gave it lane {lane}, which is not free")
                 else:
                     offload.ready(lane)
             case messages.Nack(reason=reason, detail=detail):
                 self.nacks[reason] += 1
-                offload.fail(f"{link.peer.name} cannot keep the prompt's KV ({reason}): {detail}")
+                offload.lose(f"{link.peer.name} cannot keep the prompt's KV ({reason}): {detail}")
 
     def _offloads_of(self, link: Link) -> list[Offload]:
         return [offload for offload in list(self._offloads.values()) if offload.link is link]
 
     def _on_lost(self, link: Link, reason: str) -> None:
         for offload in self._offloads_of(link):
-            offload.fail(f"{link.peer.name} held the prompt's KV and was lost: {reason}")
+            offload.lose(f"{link.peer.name} held the prompt's KV and was lost: {reason}")
 
     # ---- reports ----------------------------------------------------------------------------------------------------
 

@@ -117,8 +117,12 @@ def _check_ports(server_args: Any, config: AdrenalineConfig) -> None:
     if config.role == "prefill":
         bootstrap = server_args.disaggregation_bootstrap_port
         check_free(server_args.host, [("--disaggregation-bootstrap-port", bootstrap)])
-        control = control_port(bootstrap, config.control_port_offset)
-        check_free(config.control_host, [("control port (bootstrap port + offset)", control)])
+        ranks = range(server_args.tp_size)
+        control = [control_port(bootstrap, config.control_port_offset, rank) for rank in ranks]
+        what = "control port (bootstrap port + offset + TP rank)"
+        check_free(
+            config.control_host, [(f"{what} of rank {rank}", port) for rank, port in zip(ranks, control, strict=True)]
+        )
 
 
 def _serve(server_args: Any) -> None:

@@ -1,15 +1,18 @@
 """Bookkeeping of offloaded requests on the prefill side: reservations, pins, lanes and the cap on pinned tokens.
 
 Knows nothing of SGLang or sockets, but is safe to call from two threads: the control thread (offer, end, peer_left)
-and the scheduler thread (pin, collect). What has to be done to the radix tree and to the executor is returned to the
-scheduler thread, which alone may touch them.
+and the scheduler thread (claim, pin, collect). What has to be done to the radix tree and to the executor is returned to
+the scheduler thread, which alone may touch them.
 
 A room's life:
 
-    offer -> RESERVED -- pin --> PINNED -- end --> ENDING -- collect --> gone
-                 `------ end ------> CANCELLED -- pin refuses, or time-out --> gone
+    offer -> RESERVED -- claim --> CLAIMED -- pin --> PINNED -- end --> ENDING -- collect --> gone
+                 |                    `------------- end ------------>--'
+                 `-- end --> CANCELLED -- claim refuses, or time-out --> gone
 
 CANCELLED is the tombstone of an END that overtook the pin: prefill may still be computing a prompt nobody waits for.
+Between claim and pin the scheduler thread locks the radix tree; all tensor-parallel ranks do, or none. So from a claim
+on an END only marks the room, and the lock is undone with all others, in `collect`.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import enum
 import heapq
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +33,7 @@ Slots = npt.NDArray[np.int64]
 
 class PinState(enum.Enum):
     RESERVED = "reserved"
+    CLAIMED = "claimed"
     PINNED = "pinned"
     ENDING = "ending"
     CANCELLED = "cancelled"
@@ -49,7 +53,7 @@ class NackReason(enum.StrEnum):
 
 @dataclass
 class Pin:
-    """One offloaded request. `slots` and `handle` are set while PINNED or ENDING."""
+    """One offloaded request. `slots` and `handle` are set from `pin` on: then the tree is locked."""
 
     room: int
     peer: str
@@ -181,57 +185,78 @@ class PinTable:
     # ---- scheduler thread -----------------------------------------------------------------------------------------
 
     def lookup(self, room: int) -> Pin | None:
-        """The reservation or pin of a room; None for local requests. The tombstone of a room is returned too."""
+        """The reservation, pin or tombstone of a room."""
         with self._lock:
             return self._pins.get(room)
 
-    def pin(self, room: int, slots: Slots, handle: Any) -> Pin | None:
-        """Turn a reservation into a pin of `slots` [remote_prefix_len]; the tree is locked by `handle` already.
+    def claim(self, room: int, digest: Callable[[], str]) -> Pin | None:
+        """The reservation of the request that was computed, for `pin` or `refuse`; None if it has none.
 
-        None if the reservation ended in the meantime: the caller unlocks `handle` again.
+        digest  names its prompt: a second request of a room is not taken for the first (a client chose the number)
         """
         with self._lock:
             pin = self._pins.get(room)
-            if pin is None:
+            if pin is None or pin.state not in (PinState.RESERVED, PinState.CANCELLED):
+                return None
+            if pin.prompt_digest != digest():
                 return None
             if pin.state is PinState.CANCELLED:
                 del self._pins[room]
                 return None
-            if pin.state is not PinState.RESERVED:  # a second request of the same room: a client chose the number
-                return None
-            assert len(slots) == pin.remote_prefix_len, (pin, len(slots))
-            self._slot_refs[slots] += 1
-            self._pinned_tokens += int((self._slot_refs[slots] == 1).sum())
-            pin.state, pin.slots, pin.handle = PinState.PINNED, slots, handle
+            pin.state = PinState.CLAIMED
             return pin
 
-    def refuse(self, room: int, reason: NackReason) -> Pin | None:
-        """Give up a reservation that cannot be pinned. None if it ended already."""
-        with self._lock:
-            pin = self._pins.get(room)
-            if pin is None or pin.state is not PinState.RESERVED:
-                return None
-            del self._pins[room]
-            self._free_lane(pin)
-            self.nacks[reason.value] = self.nacks.get(reason.value, 0) + 1
-            return pin
+    def pin(self, pin: Pin, slots: Slots, handle: Any) -> None:
+        """Turn a claim into a pin of `slots` [remote_prefix_len]; the tree is locked by `handle` already.
 
-    def collect(self, steps_done: Callable[[str], int]) -> list[Pin]:
-        """Take out the pins whose END has come and whose last step the executor has answered.
-
-        `steps_done(peer)` is the last step the peer's executor answered. The caller detaches each pin's lane *before*
-        it unlocks the slots, and calls `release_lane` after, so that a lane never names two requests.
+        If the request ended since it was claimed, it stays ENDING, and is collected as others are.
         """
         with self._lock:
-            done = [
-                pin
-                for pin in self._pins.values()
-                if pin.state is PinState.ENDING
-                and (pin.last_step == 0 or not self._peers[pin.peer].alive or steps_done(pin.peer) >= pin.last_step)
-            ]
+            assert pin.slots is None and len(slots) == pin.remote_prefix_len, (pin, len(slots))
+            self._slot_refs[slots] += 1
+            self._pinned_tokens += int((self._slot_refs[slots] == 1).sum())
+            pin.slots, pin.handle = slots, handle
+            if pin.state is PinState.CLAIMED:
+                pin.state = PinState.PINNED
+
+    def refuse(self, pin: Pin, reason: NackReason) -> bool:
+        """Give up a claim that cannot be pinned. False if it ended already: then nobody waits for a word of it."""
+        with self._lock:
+            del self._pins[pin.room]
+            self._free_lane(pin)
+            if pin.state is not PinState.CLAIMED:
+                return False
+            self.nacks[reason.value] = self.nacks.get(reason.value, 0) + 1
+            return True
+
+    def pinned_rooms(self) -> list[int]:
+        """Rooms for which the tree is locked, ascending: an order that all ranks share."""
+        with self._lock:
+            return sorted(pin.room for pin in self._pins.values() if pin.slots is not None)
+
+    def are_over(self, rooms: Sequence[int], steps_done: Callable[[str], int]) -> list[bool]:
+        """Of each pinned room whether its END has come and its last step was answered.
+
+        `steps_done(peer)` is the last step the peer's executor answered.
+        """
+        with self._lock:
+            return [self._is_over(self._pins[room], steps_done) for room in rooms]
+
+    def _is_over(self, pin: Pin, steps_done: Callable[[str], int]) -> bool:
+        if pin.state is not PinState.ENDING:
+            return False
+        return pin.last_step == 0 or not self._peers[pin.peer].alive or steps_done(pin.peer) >= pin.last_step
+
+    def collect(self, rooms: Iterable[int]) -> list[Pin]:
+        """Take out pinned rooms that are over (on all ranks).
+
+        The caller detaches each pin's lane *before* it unlocks the slots, and calls `release_lane` after, so that a
+        lane never names two requests.
+        """
+        with self._lock:
+            done = [self._pins.pop(room) for room in rooms]
             for pin in done:
                 assert pin.slots is not None
-                del self._pins[pin.room]
                 self._slot_refs[pin.slots] -= 1
                 self._pinned_tokens -= int((self._slot_refs[pin.slots] == 0).sum())
             return done
@@ -263,7 +288,8 @@ class PinTable:
     def held(self) -> list[Pin]:
         """Reservations and pins that are not over."""
         with self._lock:
-            return [p for p in self._pins.values() if p.state in (PinState.RESERVED, PinState.PINNED)]
+            over = (PinState.ENDING, PinState.CANCELLED)
+            return [p for p in self._pins.values() if p.state not in over]
 
     def lanes_in_use(self, peer: str) -> int:
         with self._lock:
@@ -273,8 +299,8 @@ class PinTable:
         with self._lock:
             live = self._live()
             return PinCounts(
-                reserved_requests=sum(p.state is PinState.RESERVED for p in live),
-                pinned_requests=sum(p.state is not PinState.RESERVED for p in live),
+                reserved_requests=sum(p.slots is None for p in live),
+                pinned_requests=sum(p.slots is not None for p in live),
                 reserved_tokens=self._reserved_tokens(),
                 pinned_tokens=self._pinned_tokens,
                 lanes_in_use=len(live),
@@ -285,4 +311,4 @@ class PinTable:
         return [p for p in self._pins.values() if p.state is not PinState.CANCELLED]
 
     def _reserved_tokens(self) -> int:
-        return sum(p.remote_prefix_len for p in self._pins.values() if p.state is PinState.RESERVED)
+        return sum(p.remote_prefix_len for p in self._live() if p.slots is None)

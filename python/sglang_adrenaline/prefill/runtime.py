@@ -1,7 +1,8 @@
 """What the prefill server adds to SGLang's scheduler: pins, executors and the server end of the control plane.
 
 Lives in the prefill scheduler's process. Offers and ends are handled in the control thread, so that an offer is
-answered while a long prompt is being computed; the radix tree is touched by the scheduler thread alone.
+answered while a long prompt is being computed; the radix tree is touched by the scheduler thread alone, and by those of
+all tensor-parallel ranks alike: what a rank may evict decides which prompts it computes next.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from sglang_adrenaline.control import ControlServer
 from sglang_adrenaline.errors import ChannelError, ConfigError
 from sglang_adrenaline.keys import load_key_file
 from sglang_adrenaline.model_shape import host_id, local_model_shape
+from sglang_adrenaline.prefill import agreement
 from sglang_adrenaline.prefill.executor import AttentionExecutor, LayerKV, ThreadExecutor
 from sglang_adrenaline.prefill.load_meter import LoadMeter
-from sglang_adrenaline.prefill.pins import NackReason, Pin, PinState, PinTable
+from sglang_adrenaline.prefill.pins import NackReason, Pin, PinTable
 
 if TYPE_CHECKING:
     from sglang_adrenaline.prefill.gpu_sharing import GpuSharing
@@ -83,7 +85,7 @@ class PrefillRuntime:
         opening.check_kind(self.config.channel, self._device.type)
         self._lanes = self.config.lanes_for(self._device.type)
         self._share_gpu()
-        self._rank = compat.rank(scheduler)
+        self._ranks = compat.ranks(scheduler)
         self._pool = compat.pool_shape(scheduler)
         self._layers = [
             LayerKV(k, v, sm_scale, cap)
@@ -102,7 +104,7 @@ class PrefillRuntime:
         self._warm_up()
         self.control = ControlServer(
             self.config.control_host,
-            compat.bootstrap_port(scheduler) + self.config.control_port_offset + self._rank.tp_rank,
+            compat.bootstrap_port(scheduler) + self.config.control_port_offset + self._ranks.tp_rank,
             load_key_file(self.config.key_file),
             handler=self,
             heartbeat_interval=self.config.heartbeat_interval,
@@ -184,8 +186,9 @@ class PrefillRuntime:
     def _refusal(self, hello: messages.Hello) -> str | None:
         if hello.sglang_version != version("sglang"):
             return f"SGLang {hello.sglang_version} on decode, {version('sglang')} on prefill"
-        if (hello.tp_rank, hello.tp_size) != (self._rank.tp_rank, self._rank.tp_size):
-            return f"TP rank {hello.tp_rank}/{hello.tp_size}, not {self._rank.tp_rank}/{self._rank.tp_size}"
+        ours = self._ranks
+        if (hello.tp_rank, hello.tp_size) != (ours.tp_rank, ours.tp_size):
+            return f"TP rank {hello.tp_rank} of {hello.tp_size} on decode, {ours.tp_rank} of {ours.tp_size} on prefill"
         if hello.page_size != self._pool.page_size:
             return f"page size {hello.page_size}, not {self._pool.page_size}"
         difference = self._shape.difference(hello.model)
@@ -252,34 +255,30 @@ class PrefillRuntime:
         room = compat.room(req)
         if self.pins is None or room is None:
             return
-        reservation = self.pins.lookup(room)
-        if reservation is None or reservation.state not in (PinState.RESERVED, PinState.CANCELLED):
+        claim = self.pins.claim(room, partial(compat.prompt_digest, req))
+        length = agreement.agreed_length(self._ranks, claim)
+        locked = compat.lock_prefix(self._scheduler, req, length) if length else None
+        if claim is None:
             return
-        if reservation.prompt_digest != compat.prompt_digest(req):  # another request of the same room
-            return
-        peer = reservation.peer.partition("#")[0]
-        locked = compat.lock_prefix(self._scheduler, req, reservation.remote_prefix_len)
+        peer = claim.peer.partition("#")[0]
         if locked is None:
-            if self.pins.refuse(room, NackReason.NOT_CACHED) is not None:
-                detail = "the prompt's KV is not in the radix cache"
+            if self.pins.refuse(claim, NackReason.NOT_CACHED):
+                detail = "the prompt's KV is not in the radix cache" if length else "another rank does not hold it"
                 self._send(peer, messages.Nack(room=room, reason=NackReason.NOT_CACHED.value, detail=detail))
             return
         slots, lock = locked
-        pin = self.pins.pin(room, slots.cpu().numpy(), lock)
-        if pin is None:
-            compat.unlock_prefix(self._scheduler, lock)
-            return
-        self._executors[pin.peer].executor.attach(pin.lane, slots)
+        self.pins.pin(claim, slots.cpu().numpy(), lock)
+        self._executors[claim.peer].executor.attach(claim.lane, slots)
         self.offloaded_total += 1
-        self._send(peer, messages.Ready(room=room, lane=pin.lane))
+        self._send(peer, messages.Ready(room=room, lane=claim.lane))
 
     def pump(self) -> None:
         """Once a scheduler loop: unlock what ended, drop what is empty, tell the decode side how full the pool is."""
         if self.pins is None:
             return
-        if self.pins.has_ending():
-            for pin in self.pins.collect(lambda key: self._executors[key].executor.steps_done):
-                self._unpin(pin)
+        over = agreement.ended_everywhere(self._ranks, self.pins, lambda key: self._executors[key].executor.steps_done)
+        for pin in self.pins.collect(over):
+            self._unpin(pin)
         for key, session in list(self._executors.items()):
             if self._sessions.get(session.peer) is not session and self.pins.forget_peer(key):
                 self._steps_gone += session.executor.steps_done
@@ -350,7 +349,6 @@ class PrefillRuntime:
     def status(self) -> dict[str, Any]:
         """What `GET /adrenaline/status` shows. Scheduler thread."""
         assert self.pins is not None
-        self.pump()
         counts = self.pins.counts()
         executors = [session.executor for session in self._executors.values()]
         return {
