@@ -8,6 +8,7 @@
 #   kernels channel transfer executor   test/kernel, by part
 #   profile                             attention bandwidth over SM shares
 #   gqa mha exactness returns           test/gpu: one model variant, both, and the restart of killed servers
+#   tp                                  test/gpu: tensor parallelism, on two GPUs or more
 #   smoke                               a short comparison: does everything work
 #   compare7b compare8b rates7b idle7b  the comparisons of docs/gpu-results.md
 #   ratios7b                            one start of ours, several offload ratios set by the client
@@ -76,8 +77,9 @@ for name in "$@"; do
     profile) lines=60 step profile 240 python3 benchmark/gpu_executor.py ;;
     gqa) gpu_tests gqa 400 "gqa and not returns" ;;
     mha) gpu_tests mha 400 "mha and not returns" ;;
-    exactness) gpu_tests exactness 550 "not returns" ;;
-    returns) gpu_tests returns 550 "kill or returns" ;;
+    exactness) gpu_tests exactness 550 "not returns and not tensor_parallel" ;;
+    returns) gpu_tests returns 550 "(kill or returns) and not tensor_parallel" ;;
+    tp) gpu_tests tp 590 "tensor_parallel" ;;
     smoke)
       systems=(adrenaline:$ratio)
       compare smoke 240 "$seven" "burst in=512 out=64 requests=32" "single in=2048 out=32 requests=2" ;;

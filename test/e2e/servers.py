@@ -413,6 +413,16 @@ def session_members(session: int) -> list[int]:
     return members
 
 
+def scheduler_pid(server: Server, rank: int) -> int:
+    """PID of the scheduler of one tensor-parallel rank; SGLang names its processes."""
+    name = f"scheduler_TP{rank}".encode()
+    for pid in session_members(server.pid):
+        with contextlib.suppress(OSError):
+            if name in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+    raise ServerError(f"{server.name} has no TP rank {rank}\n{server.log_end()}")
+
+
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:

@@ -10,7 +10,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import servers
@@ -18,7 +17,7 @@ from background import Client
 from cases import LENGTHS
 from compare import check_equal, generate_all, with_split
 from conftest import watched
-from servers import Group, session_members, wait_until
+from servers import Group, scheduler_pid, wait_until
 from test_deaths import RETRACT_ENV
 from test_lifecycle import wait_for_nothing_left
 
@@ -40,13 +39,6 @@ def group(tiny_model, logs, reference) -> Iterator[Group]:
     pair.servers["decode"].env |= RETRACT_ENV
     with watched(pair):
         yield pair.start()
-
-
-def rank_process(group: Group, server: str, rank: int) -> int:
-    """PID of the scheduler of one rank; SGLang names its processes."""
-    name = f"scheduler_TP{rank}".encode()
-    pids = session_members(group.servers[server].pid)
-    return next(pid for pid in pids if name in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
 def test_splits_of_all_lengths_and_choices_by_load_equal_stock(group, reference):
@@ -72,7 +64,7 @@ def test_kill_one_prefill_rank_ends_every_request_and_a_restart_serves_again(gro
     remote = [Client(group.url, split=-1, tokens=3000, seed=seed) for seed in (1, 2, 3)]
     local = [Client(group.url, split=0, tokens=300, seed=seed) for seed in (4, 5)]
     wait_until(lambda: sum(group.status("decode")["running"].values()) >= 5, 60, "all requests run")
-    os.kill(rank_process(group, "prefill", rank=1), signal.SIGKILL)
+    os.kill(scheduler_pid(group.servers["prefill"], rank=1), signal.SIGKILL)
     died = time.monotonic()
     for client in remote:
         client.thread.join(DEATH_BOUND_S + 5)
