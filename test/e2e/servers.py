@@ -72,6 +72,7 @@ class Server:
     port: int
     log: Path
     env: dict[str, str] = field(default_factory=dict)
+    host: str = HOST
     ready_path: str = "/health"
     ready_line: str | None = None
     """What the log holds once it serves, if `ready_path` cannot tell."""
@@ -79,7 +80,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"http://{HOST}:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -263,6 +264,8 @@ def adrenaline(
     prefill_args: Sequence[str] = (),
     decode_args: Sequence[str] = (),
     adrenaline_args: Sequence[str] = (),
+    prefill_host: str = HOST,
+    decode_host: str = HOST,
 ) -> Group:
     """Our prefill server, decode server and router, each started by itself, not started yet.
 
@@ -275,8 +278,10 @@ def adrenaline(
     common = [*args, *adrenaline_args, "--adrenaline-key-file", str(key_file)]
     common += ["--disaggregation-bootstrap-port", str(bootstrap_port)]
     module = "sglang_adrenaline.launch_server"
-    prefill = _server("prefill", module, model, logs, [*common, *prefill_args, "--disaggregation-mode", "prefill"], {})
-    decode = _server("decode", module, model, logs, [*common, *decode_args, "--disaggregation-mode", "decode"], {})
+    of_prefill = [*common, *prefill_args, "--disaggregation-mode", "prefill"]
+    of_decode = [*common, *decode_args, "--disaggregation-mode", "decode"]
+    prefill = _server("prefill", module, model, logs, of_prefill, {}, host=prefill_host)
+    decode = _server("decode", module, model, logs, of_decode, {}, host=decode_host)
     router = _router(prefill, bootstrap_port, decode, logs)
     return Group({"prefill": prefill, "decode": decode, "router": router}, front="router")
 
@@ -313,10 +318,19 @@ def _stock_server(name: str, model: Path | str, logs: Path, args: Sequence[str],
     return _server(name, "sglang.launch_server", model, logs, args, STOCK_PLUGIN_ENV | env)
 
 
-def _server(name: str, module: str, model: Path | str, logs: Path, args: Sequence[str], env: dict[str, str]) -> Server:
+def _server(
+    name: str,
+    module: str,
+    model: Path | str,
+    logs: Path,
+    args: Sequence[str],
+    env: dict[str, str],
+    *,
+    host: str = HOST,
+) -> Server:
     port = free_ports(1)[0]
-    command = [sys.executable, "-m", module, "--model-path", str(model), "--host", HOST, "--port", str(port), *args]
-    return Server(name, command, port, logs / f"{name}.log", STRICT_ENV | env)
+    command = [sys.executable, "-m", module, "--model-path", str(model), "--host", host, "--port", str(port), *args]
+    return Server(name, command, port, logs / f"{name}.log", STRICT_ENV | env, host=host)
 
 
 def _stock_router(prefill: Server, bootstrap_port: int, decode: Server, logs: Path) -> Server:

@@ -63,7 +63,7 @@ def open_decode_end(
 class _Layout:
     """A buffer for one message of tensors, and views of it, made once per number of rows.
 
-    widths, dtypes: of the tensors [rows, *width] that follow the header, densely, in this order.
+    parts: (width, dtype) of the tensors [rows, *width] that follow the header, densely, in this order.
     """
 
     def __init__(self, max_rows: int, parts: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> None:

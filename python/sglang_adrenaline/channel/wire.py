@@ -36,10 +36,8 @@ MAX_QUEUE = 16
 _ENCRYPTION_BYTES = 64
 """More than CURVE adds to a message."""
 _GREETING = b"sglang-adrenaline channel 1"
-_NOT_SECURED = zmq.Event.HANDSHAKE_FAILED_AUTH | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
-_NOT_SECURED |= zmq.Event.HANDSHAKE_FAILED_PROTOCOL
 _GONE = zmq.Event.DISCONNECTED | zmq.Event.CLOSED | zmq.Event.CONNECT_RETRIED
-_EVENTS = zmq.Event.ACCEPTED | zmq.Event.HANDSHAKE_SUCCEEDED | _NOT_SECURED | _GONE
+_EVENTS = zmq.Event.ACCEPTED | zmq.Event.HANDSHAKE_SUCCEEDED | _GONE
 
 
 class Wire:

@@ -1,10 +1,11 @@
-"""Round trip of the shm channel between two processes: q out, (o, lse) back, per layer.
+"""Round trip of a channel between two processes: q out, (o, lse) back, per layer. zmq goes over loopback.
 
 Prints microseconds per layer. The executor answers at once (it returns q), so this is the channel's own cost: copies,
 flags, Python and wake-ups. `--busy-main` keeps the executor process's main thread in Python bytecode, as a scheduler
 that holds the GIL would, at the given switch interval.
 
-    python benchmark/channel_shm.py [--rows 8] [--heads 9] [--head-dim 64] [--busy-main] [--switch-interval-ms 5]
+    python benchmark/channel_cpu.py [--kind shm|zmq] [--rows 8] [--heads 9] [--head-dim 64]
+                                       [--busy-main] [--switch-interval-ms 5]
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ import time
 
 import torch
 
-from sglang_adrenaline.channel import shm
-from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec
+from sglang_adrenaline.channel import opening
+from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec, ExecutorEnd
 from sglang_adrenaline.errors import PeerLostError
 
 
 def decode(spec: ChannelSpec, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    end = shm.open_decode_end(spec, wait_timeout=30.0)
+    end = opening.open_decode_end(
+        spec, device=None, endpoint=None, wait_timeout=30.0, expected=spec.shape, peer="executor"
+    )
     q = torch.randn(args.rows, args.heads, args.head_dim)
     lanes = list(range(args.rows))
     rounds = []
@@ -41,14 +44,14 @@ def decode(spec: ChannelSpec, args: argparse.Namespace) -> None:
     end.close()
     rounds.sort()
     print(
-        f"rows {args.rows} x {args.heads} x {args.head_dim} float32, {args.layers} layers, busy main thread "
-        f"{args.busy_main}: median {rounds[len(rounds) // 2]:.1f} us per layer "
+        f"{spec.kind}, rows {args.rows} x {args.heads} x {args.head_dim} float32, {args.layers} layers, "
+        f"busy main thread {args.busy_main}: median {rounds[len(rounds) // 2]:.1f} us per layer "
         f"(best {rounds[0]:.1f}, worst {rounds[-1]:.1f} of {args.repeat})",
         flush=True,
     )
 
 
-def answer(end: shm.ShmExecutorEnd, stopped: threading.Event) -> None:
+def answer(end: ExecutorEnd, stopped: threading.Event) -> None:
     torch.set_num_threads(1)
     lse = torch.zeros(end.spec.shape.lanes, end.spec.shape.num_qo_heads)
     try:
@@ -62,6 +65,7 @@ def answer(end: shm.ShmExecutorEnd, stopped: threading.Event) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=("shm", "zmq"), default="shm")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--heads", type=int, default=9)
     parser.add_argument("--head-dim", type=int, default=64)
@@ -80,7 +84,8 @@ def main() -> None:
         v_head_dim=args.head_dim,
         dtype="float32",
     )
-    end, stopped = shm.create_executor_end(shape), threading.Event()
+    end = opening.create_executor_end(args.kind, shape, device=None, wait_timeout=30.0, peer="decode")
+    stopped = threading.Event()
     process = multiprocessing.get_context("spawn").Process(target=decode, args=(end.spec, args), daemon=True)
     process.start()
     thread = threading.Thread(target=answer, args=(end, stopped))
