@@ -7,13 +7,15 @@
 # that of the worst. Logs go to $OUT/logs.tar.gz after each step, results (JSON, PNG, table) to $OUT. Steps:
 #   kernels channel transfer executor   test/kernel, by part
 #   profile                             attention bandwidth over SM shares
+#   stalls                              launches beside another thread's copies
 #   gqa mha exactness returns           test/gpu: one model variant, both, and the restart of killed servers
+#   tp                                  test/gpu with two ranks a server, on two GPUs
 #   tp                                  test/gpu: tensor parallelism, on two GPUs or more
 #   smoke                               a short comparison: does everything work
-#   compare7b compare8b rates7b idle7b  the comparisons of docs/gpu-results.md
+#   compare7b compare8b rates7b idle7b ttft8k   the comparisons of docs/gpu-results.md
 #   ratios7b                            one start of ours, several offload ratios set by the client
 #   soak                                10 minutes of load (a call of its own)
-# Environment: SYSTEMS, RATIO, SERVER_ARGS, ADRENALINE_ARGS, CONCURRENCY, SECONDS_EACH, LIMIT (seconds for a step), TRACE_AT
+# Environment: SYSTEMS, RATIO, RATES, SERVER_ARGS, ADRENALINE_ARGS, CONCURRENCY, SECONDS_EACH, LIMIT (seconds for a step), TRACE_AT
 # (record kernels so many seconds into saturated workloads).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -75,6 +77,8 @@ for name in "$@"; do
     transfer) lines=40 step transfer 180 "${kernel_tests[@]}" test/kernel/test_cuda_ipc_transfer.py ;;
     executor) lines=60 step executor 240 "${kernel_tests[@]}" test/kernel/test_gpu_executor.py ;;
     profile) lines=60 step profile 240 python3 benchmark/gpu_executor.py ;;
+    stalls) step stalls 60 python3 benchmark/launch_stalls.py ;;
+    tp) lines=60 step tp 300 "${tests[@]}" --basetemp "$work/tp-tmp" test/gpu/test_gpu_tensor_parallel.py ;;
     gqa) gpu_tests gqa 400 "gqa and not returns" ;;
     mha) gpu_tests mha 400 "mha and not returns" ;;
     exactness) gpu_tests exactness 550 "not returns and not tensor_parallel" ;;
@@ -85,13 +89,15 @@ for name in "$@"; do
       compare smoke 240 "$seven" "burst in=512 out=64 requests=32" "single in=2048 out=32 requests=2" ;;
     compare7b)
       compare compare7b 580 "$seven" "saturated in=512 out=512 concurrency=$open seconds=$span stream=8" \
-        "single in=8192 out=128 requests=3" "rate in=8192 out=8 rate=1 requests=10" ;;
+        "single in=8192 out=128 requests=3" ;;
+    ttft8k) compare ttft8k 400 "$seven" "rate in=8192 out=8 rate=1 requests=20" ;;
     compare8b)
       compare compare8b 580 "$eight" "saturated in=4096 out=512 concurrency=$open seconds=$span stream=8" \
         "single in=8192 out=128 requests=3" ;;
     rates7b)
-      compare rates7b 580 "$seven" "rate in=512 out=512 rate=8 requests=160" "rate in=512 out=512 rate=12 requests=240" \
-        "rate in=512 out=512 rate=16 requests=320" ;;
+      workloads=()
+      for rate in ${RATES:-14 18 22}; do workloads+=("rate in=512 out=512 rate=$rate requests=$((14 * rate))"); done
+      compare rates7b 580 "$seven" "${workloads[@]}" ;;
     idle7b)
       systems=("$pd" adrenaline:0 adrenaline:1)
       compare idle7b 580 "$seven" "single in=8192 out=256 requests=4" \
