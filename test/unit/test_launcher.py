@@ -139,10 +139,16 @@ def test_choose_bootstrap_port_passes_over_ports_whose_control_port_is_taken(lis
     assert chosen > listening - offset + 1
 
 
-def test_threads_per_server_share_the_cores():
+def test_threads_per_rank_share_the_cores():
     cores = len(os.sched_getaffinity(0))
-    assert options.threads_per_server(1) == cores
-    assert options.threads_per_server(10 * cores) == 1
+    assert options.threads_per_rank(1) == cores
+    assert options.threads_per_rank(10 * cores) == 1
+
+
+@pytest.mark.parametrize("flag", ["--tp-size", "--tp", "--tensor-parallel-size"])
+def test_parse_tensor_parallel_servers_know_their_ranks(flag):
+    assert [server.ranks for server in options.parse([*PORTS, flag, "2"]).servers] == [2, 2]
+    assert [server.ranks for server in options.parse([*PORTS]).servers] == [1, 1]
 
 
 @pytest.mark.parametrize(("num_prefill", "num_decode"), [(1, 1), (2, 2), (3, 2), (1, 4)])

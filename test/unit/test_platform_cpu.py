@@ -108,6 +108,12 @@ def test_options_that_cannot_work_are_refused_by_name(model: Path, option: str, 
         ServerArgs(model_path=str(model), skip_tokenizer_init=True, **{option: value})
 
 
+def test_tensor_parallel_is_refused_where_upstream_has_no_all_reduce(model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_info, "is_arm64", lambda: True)
+    with pytest.raises(ConfigError, match="--tp-size"):
+        ServerArgs(model_path=str(model), skip_tokenizer_init=True, tp_size=2)
+
+
 @pytest.mark.parametrize(
     ("requested", "model_dtype", "arithmetic", "expected"),
     [

@@ -114,6 +114,10 @@ class ServerPlan:
     def name(self) -> str:
         return f"{self.role}-{self.index}"
 
+    @property
+    def ranks(self) -> int:
+        return _tensor_parallel(list(self.argv))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -176,15 +180,20 @@ def parse(argv: list[str]) -> Plan:
     )
 
 
-def threads_per_server(num_servers: int) -> int:
-    """Cores of this machine shared out evenly, at least one each."""
-    return max(1, len(os.sched_getaffinity(0)) // num_servers)
+def threads_per_rank(num_ranks: int) -> int:
+    """Cores of this machine shared out evenly over the ranks of all servers, at least one each."""
+    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
+
+
+def _tensor_parallel(argv: list[str]) -> int:
+    """Ranks of a server with these arguments; 1 where SGLang will find fault with the number."""
+    text = _value_of(argv, "--tp-size") or _value_of(argv, "--tp") or _value_of(argv, "--tensor-parallel-size") or "1"
+    return max(1, int(text)) if text.isdigit() else 1
 
 
 def _servers(args: argparse.Namespace, passed: list[str]) -> tuple[ServerPlan, ...]:
     """Prefill servers first. Raises ConfigError on ports that cannot be had."""
-    tensor_parallel = _value_of(passed, "--tp-size") or _value_of(passed, "--tp") or "1"
-    ranks = int(tensor_parallel) if tensor_parallel.isdigit() else 1
+    ranks = _tensor_parallel(passed)
     bootstrap_ports = _bootstrap_ports(args, ranks)
     roles: list[tuple[config.Role, int, int, list[str]]] = [
         *(("prefill", index, args.prefill_port, args.prefill_args) for index in range(args.num_prefill)),

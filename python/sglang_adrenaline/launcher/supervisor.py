@@ -20,7 +20,7 @@ from sglang_adrenaline.launcher import groups, stages, warmup
 from sglang_adrenaline.launcher.guard import Guard
 from sglang_adrenaline.launcher.keeper import Keeper, Kept
 from sglang_adrenaline.launcher.model import check_model_path
-from sglang_adrenaline.launcher.options import Plan, ServerPlan, threads_per_server
+from sglang_adrenaline.launcher.options import Plan, ServerPlan, threads_per_rank
 from sglang_adrenaline.launcher.processes import ERROR_PREFIX, Child, start_child, stop_all
 from sglang_adrenaline.launcher.stages import Progress, StartFailed
 from sglang_adrenaline.router.servers import make_server
@@ -164,8 +164,8 @@ class Deployment:
         argv = ["-m", "sglang_adrenaline.launch_server", *server.argv, "--adrenaline-key-file", self._key_file]
         if self._model_path is not None:
             argv += ["--model-path", self._model_path]
-        servers = len(self._plan.servers)
-        defaults = {"OMP_NUM_THREADS": str(threads_per_server(servers)), HOST_SERVERS_ENV: str(servers)}
+        threads = threads_per_rank(sum(each.ranks for each in self._plan.servers))
+        defaults = {"OMP_NUM_THREADS": str(threads), HOST_SERVERS_ENV: str(len(self._plan.servers))}
         if self._client_host == self._plan.host:
             defaults["SGLANG_HOST_IP"] = self._plan.host  # KV transfer listens there, too, and nowhere else
         env = {name: value for name, value in defaults.items() if name not in os.environ}
