@@ -10,7 +10,6 @@
 #   stalls                              launches beside another thread's copies
 #   gqa mha exactness returns           test/gpu: one model variant, both, and the restart of killed servers
 #   tp                                  test/gpu with two ranks a server, on two GPUs
-#   tp                                  test/gpu: tensor parallelism, on two GPUs or more
 #   smoke                               a short comparison: does everything work
 #   compare7b compare8b rates7b idle7b ttft8k   the comparisons of docs/gpu-results.md
 #   ratios7b                            one start of ours, several offload ratios set by the client
@@ -78,12 +77,11 @@ for name in "$@"; do
     executor) lines=60 step executor 240 "${kernel_tests[@]}" test/kernel/test_gpu_executor.py ;;
     profile) lines=60 step profile 240 python3 benchmark/gpu_executor.py ;;
     stalls) step stalls 60 python3 benchmark/launch_stalls.py ;;
-    tp) lines=60 step tp 300 "${tests[@]}" --basetemp "$work/tp-tmp" test/gpu/test_gpu_tensor_parallel.py ;;
+    tp) lines=60 step tp 580 "${tests[@]}" --basetemp "$work/tp-tmp" test/gpu/test_gpu_tensor_parallel.py ;;
     gqa) gpu_tests gqa 400 "gqa and not returns" ;;
     mha) gpu_tests mha 400 "mha and not returns" ;;
     exactness) gpu_tests exactness 550 "not returns and not tensor_parallel" ;;
     returns) gpu_tests returns 550 "(kill or returns) and not tensor_parallel" ;;
-    tp) gpu_tests tp 590 "tensor_parallel" ;;
     smoke)
       systems=(adrenaline:$ratio)
       compare smoke 240 "$seven" "burst in=512 out=64 requests=32" "single in=2048 out=32 requests=2" ;;
