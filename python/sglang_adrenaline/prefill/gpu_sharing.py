@@ -22,8 +22,10 @@ from sglang_adrenaline.prefill.sm_partition import SmPartition
 
 logger = logging.getLogger(__name__)
 
-AUTO_SHARE = 0.36
-"""Of the SMs, for the executor: on an H100 they read memory with 0.9 of the bandwidth of all (`profile_data.py`)."""
+AUTO_SHARES = (0.18, 0.36, 0.48)
+"""Of the SMs, among which `auto` chooses for the executor: an H100's read memory with 0.56, 0.90 and 0.94 of the
+bandwidth of all (`profile_data.py`). PyTorch keeps memory for each stream that was used, so there are few."""
+WHOLE = 0.0
 WAIT_S = 60.0
 """Longest polite wait; then SGLang's own waits follow."""
 _NAP_S = 100e-6
@@ -33,33 +35,36 @@ class GpuSharing:
     """One a prefill scheduler on a GPU. Scheduler thread; streams are the current device's."""
 
     def __init__(self, scheduler: Any, device: int, executor_sms: int | None) -> None:
-        """executor_sms: 0 = prefill always uses all; None = AUTO_SHARE of them. Raises ConfigError."""
-        self._scheduler = scheduler
-        self._everything = compat.forward_stream(scheduler)
-        self._rest: torch.cuda.Stream | None = None
-        self.executor_share = 0.0
-        """Of the SMs, left alone by prefill while there are prefixes to attend to; 0 = none."""
-        overlaps = compat.overlaps(scheduler)
-        if executor_sms is None:
-            sms = torch.cuda.get_device_properties(device).multi_processor_count
-            executor_sms = int(AUTO_SHARE * sms) if overlaps else 0
-        if not executor_sms:
-            return
-        if not overlaps:
-            raise ConfigError("--adrenaline-executor-sms needs the overlap schedule (not --disable-overlap-schedule)")
-        partition = SmPartition(device, executor_sms)
-        self._rest = partition.prefill_stream()
-        self.executor_share = partition.executor_sms / (partition.executor_sms + partition.prefill_sms)
-        logger.info(
-            "while prefixes are offloaded prefill runs on %d SMs and leaves %d to the attention executor",
-            partition.prefill_sms,
-            partition.executor_sms,
-        )
+        """executor_sms: of these SMs prefill may stay off, 0 = prefill always uses all; None = AUTO_SHARES.
 
-    def place_batch(self, executor_works: bool) -> None:
-        """Before a batch is launched: choose the SMs that it may use."""
-        if self._rest is not None:
-            compat.use_forward_stream(self._scheduler, self._rest if executor_works else self._everything)
+        Raises ConfigError.
+        """
+        self._scheduler = scheduler
+        self._streams = {WHOLE: compat.forward_stream(scheduler)}
+        """By the executor's share of the SMs."""
+        total = torch.cuda.get_device_properties(device).multi_processor_count
+        counts = [executor_sms] if executor_sms is not None else [int(share * total) for share in AUTO_SHARES]
+        if not compat.overlaps(scheduler):
+            if executor_sms:
+                raise ConfigError("--adrenaline-executor-sms needs the overlap schedule")
+            return
+        for count in filter(None, counts):
+            partition = SmPartition(device, count)
+            self._streams[partition.executor_sms / total] = partition.prefill_stream()
+        if self.shares:
+            sms = ", ".join(str(round(share * total)) for share in self.shares)
+            logger.info(
+                "while prefixes are offloaded prefill leaves %s of %d SMs to the attention executor", sms, total
+            )
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """What `place_batch` can leave to the executor, WHOLE excepted."""
+        return tuple(share for share in self._streams if share != WHOLE)
+
+    def place_batch(self, executor_share: float) -> None:
+        """Before a batch is launched: keep it off so much of the SMs, one of `shares`, or let it use all (WHOLE)."""
+        compat.use_forward_stream(self._scheduler, self._streams[executor_share])
 
     def await_stream(self) -> None:
         """Before a batch's results are processed: wait until the scheduler's stream has caught up."""

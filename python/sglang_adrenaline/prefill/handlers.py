@@ -19,7 +19,7 @@ class PrefillHandlers:
 
     def place_batch(self, scheduler: Any, *args: Any, **kwargs: Any) -> None:
         if self.runtime.gpu is not None:
-            self.runtime.gpu.place_batch(self.runtime.keeps_prefixes)
+            self.runtime.gpu.place_batch(self.runtime.executor_share if self.runtime.keeps_prefixes else 0.0)
 
     def await_stream(self, scheduler: Any, *args: Any, **kwargs: Any) -> None:
         if self.runtime.gpu is not None and self.runtime.serves_decode:

@@ -311,13 +311,19 @@ class PrefillRuntime:
             lanes_in_use=self.pins.lanes_in_use(session.key),
             steps=session.executor.steps_done,
             prefill_load=min(max(self._load.load, 0.0), 1.0),
-            executor_share=self.gpu.executor_share if self.gpu is not None else 0.0,
+            executor_share=self.executor_share,
         )
 
     @property
     def serves_decode(self) -> bool:
         """Whether an executor may have something to do."""
         return bool(self._sessions)
+
+    @property
+    def executor_share(self) -> float:
+        """Of the GPU's SMs, that prefill stays off while it keeps prefixes; 0 = none."""
+        shares = self.gpu.shares if self.gpu is not None else ()
+        return shares[len(shares) // 2] if shares else 0.0
 
     @property
     def keeps_prefixes(self) -> bool:
