@@ -84,7 +84,8 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
             self._exchanging = False
 
     def _begin(self, plan: StepPlan) -> bool:
-        lanes = torch.full(plan.starts.shape, -1, dtype=torch.int32)
+        # Rows of a padded graph beyond the batch have no lane.
+        lanes = torch.full(self._lanes.shape, -1, dtype=torch.int32, pin_memory=True)
         begun = False
         for part in plan.parts:
             link = self._runtime.link(part.link)
@@ -97,10 +98,7 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
             begun = True
             lanes[list(part.rows)] = torch.tensor(part.lanes, dtype=torch.int32)
         if begun:
-            # Rows of a padded graph beyond the batch have no lane.
-            padded = torch.full(self._lanes.shape, -1, dtype=torch.int32, pin_memory=True)
-            padded[: len(lanes)] = lanes
-            self._lanes.copy_(padded, non_blocking=True)
+            self._lanes.copy_(lanes, non_blocking=True)
         return begun
 
     # ---- planning ---------------------------------------------------------------------------------------------------
