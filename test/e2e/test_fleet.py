@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,9 +39,13 @@ def statuses(group: Group) -> dict[str, dict[str, Any]]:
     return {name: group.status(name) for name in ALL}
 
 
+def offloaded_totals(group: Group) -> dict[str, int]:
+    return {name: status["totals"]["offloaded"] for name, status in statuses(group).items()}
+
+
 def ask(group: Group, reference: Reference) -> dict[str, int]:
     """Compare answers at several splits with stock; how many of these requests each server had offloaded."""
-    before = statuses(group)
+    before = offloaded_totals(group)
     asked = [("length-40", 7), ("length-257", -1), ("length-257", None), ("length-1000", 999), ("shared-120", -1)]
     asked += [("length-8", 0), ("length-2000", -1), ("shared-30", 150)]
     asked *= 3
@@ -48,8 +53,7 @@ def ask(group: Group, reference: Reference) -> dict[str, int]:
     for (name, split), choices in zip(asked, generate_all(group.url, payloads, concurrency=8), strict=True):
         check_equal(choices[0], reference.single[name][0], label=f"{name}, split {split}")
     wait_for_nothing_left(group, names=ALL)
-    after = statuses(group)
-    return {name: after[name]["totals"]["offloaded"] - before[name]["totals"]["offloaded"] for name in ALL}
+    return {name: count - before[name] for name, count in offloaded_totals(group).items()}
 
 
 def test_all_servers_are_used_and_answers_equal_stock(fleet, reference):
@@ -75,7 +79,7 @@ def test_kill_prefill_its_offloaded_requests_end_in_time_and_the_load_moves(flee
     died = time.monotonic()
 
     # A request of the first moments can still reach the dying process; after that none does.
-    wait_until(lambda: "prefill-1  was killed by SIGKILL; restart 1 of 3 in 1 s" in launcher_text(fleet), 5, "noticed")
+    wait_until(lambda: "prefill-1  was killed by SIGKILL; restart 1 of 3 in 1 s" in launcher_text(fleet), 10, "noticed")
     moved = [Client(fleet.url, split=split, tokens=3, seed=50 + split) for split in (-1, 0, 60)]
     for client in moved:
         client.thread.join(60)
@@ -105,6 +109,36 @@ def test_restarted_prefill_is_used_again_without_a_restart_of_the_others(fleet, 
     wait_until(reconnected, 30, "decode servers are connected to both prefill servers")
     rose = ask(fleet, reference)
     assert all(rose.values()), rose
+
+
+def test_router_by_itself_follows_its_file_of_servers(fleet, logs):
+    bootstrap_ports = sorted(int(peer["address"].rpartition(":")[2]) for peer in fleet.status(DECODE[0])["peers"])
+    lines = {name: f"decode {fleet.inner_urls[name]}" for name in DECODE}
+    for name, port in zip(PREFILL, bootstrap_ports, strict=True):
+        lines[name] = f"prefill {fleet.inner_urls[name]} {port}"
+    file, port = logs / "servers", servers.free_ports(1)[0]
+    command = [sys.executable, "-m", "sglang_adrenaline.router", "--port", str(port), "--servers-file", str(file)]
+    nobody = "decode http://127.0.0.1:1"
+    file.write_text("\n".join([lines["prefill-0"], nobody, lines["decode-0"]]))
+
+    def used() -> set[str]:
+        """The servers that eight requests go to; none of them fails."""
+        before = offloaded_totals(fleet)
+        clients = [Client(f"http://{servers.HOST}:{port}", split=-1, tokens=3, seed=seed) for seed in range(60, 68)]
+        for client in clients:
+            client.thread.join(60)
+            assert client.status == 200, client.text
+        wait_for_nothing_left(fleet, names=ALL)
+        return {name for name, count in offloaded_totals(fleet).items() if count > before[name]}
+
+    router = servers.Server("router", command, port, logs / "router-by-itself.log")
+    with Group({"router": router}, front="router") as group:
+        group.start()
+        assert used() == {"prefill-0", "decode-0"}
+        file.write_text("\n".join(lines.values()))
+        wait_until(lambda: used() == set(ALL), 20, "servers that join are used")
+        file.write_text("\n".join([lines["prefill-1"], lines["decode-1"]]))
+        wait_until(lambda: used() == {"prefill-1", "decode-1"}, 20, "servers that leave are not")
 
 
 def launcher_text(group: Group) -> str:
