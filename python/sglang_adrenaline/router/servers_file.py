@@ -20,6 +20,8 @@ from sglang_adrenaline.router.servers import Fleet, Server, make_server
 logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
+SETTLE_S = 0.2
+"""A changed file is read once it has been left alone for this long: half-written ones are no lists of servers."""
 
 
 def read_servers(path: Path) -> tuple[list[Server], list[Server]]:
@@ -53,6 +55,9 @@ async def follow(path: Path, fleet: Fleet) -> None:
     while True:
         now = _version(path)
         if now != seen:
+            await asyncio.sleep(SETTLE_S)
+            if _version(path) != now:
+                continue
             seen = now
             try:
                 fleet.replace(*read_servers(path))
