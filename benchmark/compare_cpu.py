@@ -16,9 +16,11 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -82,16 +84,27 @@ def prompts(args: argparse.Namespace, round_: int) -> list[list[int]]:
     return [[generator.randrange(100, 400) for _ in range(length)] for length in lengths]
 
 
-async def measure(url: str, inputs: list[list[int]], output_len: int, concurrency: int) -> tuple[list[Timing], float]:
-    """Timings of all requests and the seconds from the first start to the last end."""
-    gate = asyncio.Semaphore(concurrency)
-    sampling = {"temperature": 0, "max_new_tokens": output_len, "ignore_eos": True}
+async def measure(
+    url: str,
+    inputs: Sequence[list[int]],
+    output_len: int,
+    concurrency: int,
+    *,
+    sampling: Sequence[Mapping[str, Any]] = (),
+) -> tuple[list[Timing], float]:
+    """Timings of all requests and the seconds from the first start to the last end.
 
-    async def one(session: aiohttp.ClientSession, input_ids: list[int]) -> Timing:
+    `sampling`: further sampling parameters of each request, if there are any.
+    """
+    gate = asyncio.Semaphore(concurrency)
+    common = {"temperature": 0, "max_new_tokens": output_len, "ignore_eos": True}
+
+    async def one(session: aiohttp.ClientSession, number: int, input_ids: list[int]) -> Timing:
         async with gate:
             start = time.perf_counter()
             first, tokens = None, 0
-            body = {"input_ids": input_ids, "sampling_params": sampling, "stream": True}
+            params = common | (sampling[number] if sampling else {})
+            body = {"input_ids": input_ids, "sampling_params": params, "stream": True}
             async with session.post(f"{url}/generate", json=body) as reply:
                 if reply.status != 200:
                     raise SystemExit(f"{reply.status}: {await reply.text()}")
@@ -112,7 +125,7 @@ async def measure(url: str, inputs: list[list[int]], output_len: int, concurrenc
         timeout=timeout, connector=aiohttp.TCPConnector(limit=0), read_bufsize=2**20
     ) as session:
         start = time.perf_counter()
-        timings = await asyncio.gather(*(one(session, input_ids) for input_ids in inputs))
+        timings = await asyncio.gather(*(one(session, number, ids) for number, ids in enumerate(inputs)))
         return list(timings), time.perf_counter() - start
 
 

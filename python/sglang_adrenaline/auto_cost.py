@@ -1,17 +1,18 @@
 """The cost model that `--adrenaline-offload-ratio auto` decides with: from a profile, else from data sheets.
 
-`check` runs before any weight is loaded, in the server's main process, `for_server` in the scheduler's, which knows the
-device.
+`check` runs before any weight is loaded, in the server's main process, which does not touch a GPU; the rest in the
+scheduler's, which knows the device.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 from sglang_adrenaline import compat
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.cost_model import CostModel
+from sglang_adrenaline.cpu_info import has_accelerator
 from sglang_adrenaline.errors import ConfigError
 from sglang_adrenaline.figures import ModelFigures, known_device, model_from_settings
 from sglang_adrenaline.profile_data import datasheet_profile, load_profile
@@ -20,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 UNKNOWN_GPU = "A100"
 """Whose data sheet is used for a GPU without one: the slowest of those that there are."""
+FALLBACK_RATIO = 0.7
+"""Instead of auto for models that the cost model does not know, such as mixtures of experts."""
+DATASHEET_DOUBT = 0.5
+"""An objective is impossible by a data sheet only if it is less than this share of what the data sheet says."""
 
 
 def served_model(model_config: Any) -> ModelFigures:
@@ -29,17 +34,35 @@ def served_model(model_config: Any) -> ModelFigures:
 
 
 def check(config: AdrenalineConfig, model_config: Any) -> None:
-    """Raise ConfigError if the model, or the profile that was given, cannot be reckoned with."""
+    """Raise ConfigError if the profile that was given is none of this model, or an objective cannot be met."""
     try:
         model = served_model(model_config)
     except ConfigError as error:
-        raise ConfigError(f"--adrenaline-offload-ratio auto: {error}; give a number") from None
+        if config.profile is not None or _objectives(config):
+            raise ConfigError(f"no profile and no objective can be used: {error}") from None
+        return
     if config.profile is not None:
-        load_profile(config.profile, model=model)
+        check_objectives(config, CostModel(load_profile(config.profile, model=model)))
+    elif not has_accelerator():
+        check_objectives(config, CostModel(datasheet_profile("CPU", model)))
+
+
+def ratio_for(config: AdrenalineConfig, model_config: Any) -> float | Literal["auto"]:
+    """The offload ratio in force: auto needs a model that the cost model knows."""
+    if config.offload_ratio == "auto":
+        try:
+            served_model(model_config)
+        except ConfigError as error:
+            logger.warning("offload ratio %g instead of auto: %s", FALLBACK_RATIO, error)
+            return FALLBACK_RATIO
+    return config.offload_ratio
 
 
 def for_server(config: AdrenalineConfig, model: ModelFigures, device: str) -> CostModel:
-    """`device`: as a profile names it. Says in the log what it goes by. Raises ConfigError on a profile of others."""
+    """`device`: as a profile names it. Says in the log what it goes by.
+
+    Raises ConfigError on a profile of another device or model and on objectives that cannot be met.
+    """
     if config.profile is not None:
         cost = CostModel(load_profile(config.profile, device=device, model=model))
         logger.info("offload ratio auto goes by profile %s (%s)", config.profile, cost.profile.source)
@@ -49,14 +72,28 @@ def for_server(config: AdrenalineConfig, model: ModelFigures, device: str) -> Co
             "offload ratio auto goes by the data sheet of %s, since no --adrenaline-profile is given",
             cost.profile.device,
         )
-    least_ms = cost.step_s(1, 0) * 1e3
-    if config.slo_tpot_ms is not None and config.slo_tpot_ms < least_ms:
-        logger.warning(
-            "--adrenaline-slo-tpot-ms %g cannot be met: a step of one request takes %.1f ms by this cost model",
-            config.slo_tpot_ms,
-            least_ms,
-        )
+    check_objectives(config, cost)
     return cost
+
+
+def check_objectives(config: AdrenalineConfig, cost: CostModel) -> None:
+    """Raise ConfigError on an objective below what an empty machine needs for one request of one token."""
+    doubt = 1.0 if cost.profile.source == "measured" else DATASHEET_DOUBT
+    first_s = cost.profile.prefill_fixed_s + cost.prefill_s(1)
+    least_ms = {"ttft": doubt * 1e3 * first_s, "tpot": doubt * 1e3 * cost.step_s(1, 0)}
+    for name, slo_ms in _objectives(config).items():
+        if slo_ms < least_ms[name]:
+            source = f"the {'data sheet' if cost.profile.source == 'datasheet' else 'profile'} of {cost.profile.device}"
+            raise ConfigError(
+                f"--adrenaline-slo-{name}-ms {slo_ms:g} cannot be met: by {source} an idle machine takes "
+                f"at least {least_ms[name]:.3g} ms"
+            )
+
+
+def _objectives(config: AdrenalineConfig) -> dict[str, float]:
+    """Milliseconds, those that there are."""
+    given = {"ttft": config.slo_ttft_ms, "tpot": config.slo_tpot_ms}
+    return {name: slo_ms for name, slo_ms in given.items() if slo_ms is not None}
 
 
 def _sheet(device: str) -> str:

@@ -41,6 +41,10 @@ def prompt_len(req: Req) -> int:
     return len(req.origin_input_ids)
 
 
+def prompt_ids(req: Req) -> Sequence[int]:
+    return req.origin_input_ids
+
+
 def prompt_digest(req: Req) -> str:
     """Names the prompt's tokens: two requests of one bootstrap room need not be one request."""
     return hashlib.blake2b(array("q", req.origin_input_ids), digest_size=16).hexdigest()
@@ -132,6 +136,28 @@ def lock_prefix(scheduler: Scheduler, req: Req, length: int) -> tuple[torch.Tens
         return None
     lock = tree.inc_lock_ref(match.last_device_node)
     return match.device_indices, TreeLock(match.last_device_node, lock.to_dec_params())
+
+
+def locked_prefix_len(scheduler: Scheduler, req: Req) -> int:
+    """Leading prompt tokens in this server's radix tree that other requests keep from being evicted.
+
+    Changes nothing in the tree, whose order of eviction has to be that of the other ranks' trees.
+    """
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    tree, length = scheduler.tree_cache, 0
+    page_size, node = tree.page_size, tree.root_node
+    key = RadixKey(req.origin_input_ids, req.extra_key).page_aligned(page_size)
+    while len(key):
+        child = node.children.get(key.child_key(page_size))
+        if child is None or child.lock_ref == 0:
+            break
+        matched = child.key.match(key, page_size=page_size)
+        length += matched
+        if matched < len(child.key):
+            break
+        node, key = child, key[matched:]
+    return length
 
 
 def unlock_prefix(scheduler: Scheduler, lock: TreeLock) -> None:

@@ -33,7 +33,7 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """What one prefill or decode server needs to know. All times in seconds."""
 
     role: Role
-    offload_ratio: float | Literal["auto"] = 0.7
+    offload_ratio: float | Literal["auto"] = "auto"
     """Share of prompt tokens left on the prefill side, 0..1, spread over requests. auto: decided by load."""
     slo_ttft_ms: float | None = None
     """auto leaves prefill the time that it needs for this mean time to first token. Milliseconds."""
@@ -156,10 +156,10 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         "--adrenaline-offload-ratio",
         dest="offload_ratio",
         type=_ratio,
-        default=0.7,
+        default="auto",
         metavar="R",
-        help="share of prompt tokens whose KV stays on the prefill server, 0..1, spread over requests (default 0.7); "
-        "auto: decided by load for each request when decode could take it in, so that attention over remote prompts "
+        help="share of prompt tokens whose KV stays on the prefill server, 0..1, spread over requests; auto (default): "
+        "decided by load for each request when decode could take it in, so that attention over remote prompts "
         "takes no longer than over local ones, and beyond that where decode's memory is full and a larger batch pays",
     )
     group.add_argument(

@@ -76,18 +76,22 @@ def reference(tiny_model, logs) -> Reference:
     return Reference(known | more, alone, apart)
 
 
+FIXED_RATIO = ("--adrenaline-offload-ratio", "0.7")
+"""So that a certain share is offloaded on idle servers, too; ratio auto is tested in test_auto.py."""
+
+
 @pytest.fixture(scope="session")
 def deployment(tiny_model, logs, request) -> Iterator[Group]:
     """Our prefill server, decode server and router with the tiny model; chunked prefill."""
     if any("reference" in item.fixturenames for item in request.session.items):
         request.getfixturevalue("reference")
-    args = (*servers.SMALL_SERVER_ARGS, "--tool-call-parser", TOOL_CALL_PARSER)
+    args = (*servers.SMALL_SERVER_ARGS, "--tool-call-parser", TOOL_CALL_PARSER, *FIXED_RATIO)
     group = servers.adrenaline(tiny_model, logs, args=args, prefill_args=("--chunked-prefill-size", SMALL_CHUNK))
     with watched(group):
         yield group.start()
 
 
-DEMO_ARGS = (*servers.SMALL_SERVER_ARGS,)
+DEMO_ARGS = servers.SMALL_SERVER_ARGS
 DEMO_CHATS = (
     "What is the capital of France? Answer in one sentence.",
     "Write a short list of three fruits.",
@@ -110,7 +114,7 @@ def demo_reference(logs) -> list[str]:
 @pytest.fixture(scope="session")
 def demo(demo_reference, logs) -> Iterator[Group]:
     """What a user gets: the launcher without a model path."""
-    group = servers.launcher(None, logs, args=DEMO_ARGS)
+    group = servers.launcher(None, logs, args=(*DEMO_ARGS, *FIXED_RATIO))
     with watched(group):
         yield group.start()
 

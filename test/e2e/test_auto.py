@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import servers
@@ -14,20 +15,26 @@ from test_lifecycle import wait_for_nothing_left
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
 
+STRICT = ("--adrenaline-slo-tpot-ms", "2")
+"""About what a step takes here at the least, so no batch may grow by offloading."""
 POOL_TOKENS = "3000"
 """Of decode, with room for one of the longest prompts; 64 tokens are kept for each answer."""
 
 
-@pytest.fixture(scope="module")
-def group(reference: Reference, tiny_model, logs) -> Iterator[Group]:
+def small_decode(model: Path, logs: Path, objectives: tuple[str, ...] = ()) -> Group:
     decode_args = ("--max-total-tokens", POOL_TOKENS, "--num-reserved-decode-tokens", "64")
-    ours = servers.adrenaline(
-        tiny_model,
+    return servers.adrenaline(
+        model,
         logs,
         prefill_args=("--chunked-prefill-size", "256"),
         decode_args=decode_args,
-        adrenaline_args=("--adrenaline-offload-ratio", "auto"),
+        adrenaline_args=("--adrenaline-offload-ratio", "auto", *objectives),
     )
+
+
+@pytest.fixture(scope="module")
+def group(reference: Reference, tiny_model, logs) -> Iterator[Group]:
+    ours = small_decode(tiny_model, logs)
     with watched(ours):
         yield ours.start()
 
@@ -53,7 +60,8 @@ def test_requests_beyond_decode_memory_are_offloaded_and_equal_stock(group, refe
     rose = ask(group, reference, names, concurrency=16)
     assert rose["failed"] == 0
     assert rose["local"] + rose["offloaded"] == len(names)
-    assert rose["offloaded"] > 0, "nothing was offloaded though decode was full"
+    assert rose["overflow"] > 0, "nothing went to prefill for want of memory though decode was full"
+    assert rose["offloaded"] >= rose["overflow"]
     assert rose["local"] > 0
 
 
@@ -72,3 +80,12 @@ def test_choices_of_one_request_are_decided_each(group, reference):
     rose = ask(group, reference, ["n-2", "length-1000"], concurrency=2)
     # Of n > 1 SGLang makes n requests and one ahead of them, which puts the prompt into the cache.
     assert rose["failed"] == 0 and rose["local"] + rose["offloaded"] == 4
+
+
+def test_tpot_objective_keeps_requests_that_do_not_fit_from_enlarging_the_batch(reference, tiny_model, logs):
+    """The same requests as above, by which decode's memory overflows: now they wait."""
+    ours = small_decode(tiny_model, logs, STRICT)
+    with watched(ours):
+        rose = ask(ours.start(), reference, [f"length-{n}" for n in LENGTHS] * 4, concurrency=16)
+    assert rose["failed"] == 0 and rose.get("overflow", 0) == 0
+    assert rose["local"] > rose["offloaded"]

@@ -30,7 +30,7 @@ TEST_ARGS = (
 )
 CHUNK_ARGS = ("--chunked-prefill-size", "512")
 """On our prefill server: longer prompts take several chunks."""
-ADRENALINE_ARGS = ("--adrenaline-lanes", "64")
+ADRENALINE_ARGS = ("--adrenaline-lanes", "64", "--adrenaline-offload-ratio", "0.7")
 
 Payload = Mapping[str, Any]
 

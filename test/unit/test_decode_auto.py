@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from sglang_adrenaline import policy
 from sglang_adrenaline.cost_model import CostModel
 from sglang_adrenaline.decode.auto import Admission, Here, LoadDecider, There, most_utilisation
-from sglang_adrenaline.decode.step_times import OBSERVE_STEPS, PREDICT_EVERY, LinkTotals, StepTimes
+from sglang_adrenaline.decode.prefixes import BLOCK_TOKENS, KeptPrefixes
+from sglang_adrenaline.decode.step_times import OBSERVE_STEPS, PREDICT_EVERY, LinkTotals, Predicted, StepTimes
 from sglang_adrenaline.policy import PrefillLoad
 from sglang_adrenaline.policy.sm_share import MARGIN, predicted_ttft_s
 from sglang_adrenaline.prefill.load_meter import WINDOW_S, LoadMeter
@@ -28,12 +29,17 @@ def decider(**settings) -> LoadDecider:
 
 
 def here(*, rows: int, used: int, pool: int = POOL) -> Here:
-    return Here(pool_tokens=pool, budget_tokens=pool - used - RESERVE * rows, used_tokens=used, rows=rows)
+    """Requests with a row that take `used` tokens, all of them answers as far as attention goes."""
+    return Here(pool_tokens=pool, budget_tokens=pool - used - RESERVE * rows, answer_tokens=used, rows=rows)
 
 
 def there(**changes) -> dict[str, There]:
     fields = {name: getattr(IDLE_PREFILL, name) for name in IDLE_PREFILL.__dataclass_fields__}
     return {"a": There(**(fields | changes))}
+
+
+def prompt(length: int, **known: int) -> policy.Request:
+    return policy.Request(prompt_len=length, **known)
 
 
 BUSY = here(rows=150, used=120_000)
@@ -44,19 +50,19 @@ FULL = here(rows=190, used=118_200)
 
 def test_decide_busy_decode_and_idle_prefill_offloads_the_whole_prompt():
     auto = decider()
-    decision = auto.decide("r", 512, "a", BUSY, there())
+    decision = auto.decide("r", prompt(512), "a", BUSY, there())
     assert decision == policy.Decision(512, policy.Reason.HIDDEN)
     assert auto.decisions == {"hidden": 1} and auto.admission.waiting == {"r": 0}
 
 
 def test_decide_idle_decode_keeps_a_short_prompt():
-    decision = decider().decide("r", 512, "a", here(rows=0, used=0), there())
+    decision = decider().decide("r", prompt(512), "a", here(rows=0, used=0), there())
     assert decision is not None and decision.split == 0
 
 
 def test_decide_full_decode_offloads_what_would_not_fit():
     auto = decider()
-    decision = auto.decide("r", 512, "a", FULL, there())
+    decision = auto.decide("r", prompt(512), "a", FULL, there())
     assert decision is not None and decision.split == 512
     assert auto.state.pressed
 
@@ -64,42 +70,42 @@ def test_decide_full_decode_offloads_what_would_not_fit():
 @pytest.mark.parametrize("changes", [{"pinned_tokens": 180_000}, {"lanes_in_use": 256}], ids=["pool", "lanes"])
 def test_decide_full_prefill_keeps_the_request_here(changes):
     auto = decider()
-    assert auto.decide("r", 512, "a", BUSY, there(**changes)) == policy.Decision(0, policy.Reason.CAP)
+    assert auto.decide("r", prompt(512), "a", BUSY, there(**changes)) == policy.Decision(0, policy.Reason.CAP)
     assert auto.admission.waiting == {"r": 512}
 
 
 def test_decide_both_full_waits_and_leaves_no_trace():
     auto = decider()
     before = auto.state
-    assert auto.decide("r", 512, "a", FULL, there(lanes_in_use=256)) is None
+    assert auto.decide("r", prompt(512), "a", FULL, there(lanes_in_use=256)) is None
     assert (auto.state, auto.decisions, auto.admission.waiting) == (before, {}, {})
 
 
 def test_decide_no_request_on_decode_is_never_held():
     """What does not even fit into an empty pool is for SGLang's own admission to answer."""
-    small = Here(pool_tokens=400, budget_tokens=400, used_tokens=0, rows=0)
-    assert decider().decide("r", 600, "a", small, {}) == policy.Decision(0, policy.Reason.NO_PEER)
+    small = Here(pool_tokens=400, budget_tokens=400, answer_tokens=0, rows=0)
+    assert decider().decide("r", prompt(600), "a", small, {}) == policy.Decision(0, policy.Reason.NO_PEER)
 
 
 def test_decide_busy_prefill_is_left_alone():
-    decision = decider().decide("r", 512, "a", BUSY, there(prefill_load=0.95))
+    decision = decider().decide("r", prompt(512), "a", BUSY, there(prefill_load=0.95))
     assert decision is not None and decision.split == 0
 
 
 def test_decide_load_of_prefill_does_not_matter_where_the_executor_has_sms_of_its_own():
-    decision = decider().decide("r", 512, "a", BUSY, there(prefill_load=0.95, executor_share=0.36))
+    decision = decider().decide("r", prompt(512), "a", BUSY, there(prefill_load=0.95, executor_share=0.36))
     assert decision is not None and decision.split == 512
 
 
 def test_decide_ttft_objective_leaves_prefill_more_of_its_time():
     busy = there(prefill_load=0.5)
     loose, strict = decider(slo_ttft_s=5.0), decider(slo_ttft_s=0.02)
-    assert loose.decide("r", 512, "a", BUSY, busy).split == 512
-    assert strict.decide("r", 512, "a", BUSY, busy).split == 0
+    assert loose.decide("r", prompt(512), "a", BUSY, busy).split == 512
+    assert strict.decide("r", prompt(512), "a", BUSY, busy).split == 0
 
 
 def test_decide_unreported_instance_keeps_the_request_local():
-    assert decider().decide("r", 512, "a", BUSY, {}) == policy.Decision(0, policy.Reason.NO_PEER)
+    assert decider().decide("r", prompt(512), "a", BUSY, {}) == policy.Decision(0, policy.Reason.NO_PEER)
 
 
 @given(
@@ -110,8 +116,8 @@ def test_decide_unreported_instance_keeps_the_request_local():
 )
 def test_decide_requests_decided_without_a_row_never_promise_more_than_the_budget(prompts, rows, used, pinned):
     auto, now, peers = decider(), here(rows=rows, used=used), there(pinned_tokens=pinned)
-    for number, prompt in enumerate(prompts):
-        if auto.decide(str(number), prompt, "a", now, peers) is None:
+    for number, length in enumerate(prompts):
+        if auto.decide(str(number), prompt(length), "a", now, peers) is None:
             break
     waiting = auto.admission.waiting
     assert sum(waiting.values()) + RESERVE * len(waiting) <= max(now.budget_tokens, 0)
@@ -120,42 +126,113 @@ def test_decide_requests_decided_without_a_row_never_promise_more_than_the_budge
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["decided", "placed", "gone"]), st.integers(0, 99))))
 def test_admission_any_order_of_events_counts_each_request_once(events):
-    admission, placed = Admission(), {}
+    admission, known = Admission(), {}
     for rid, event, tokens in events:
         if event == "gone":
             admission.gone(rid)
-            placed.pop(rid, None)
+            known.pop(rid, None)
         else:
             getattr(admission, event)(rid, tokens)
+            known[rid] = tokens
             if event == "placed":
-                placed[rid] = tokens
                 assert rid not in admission.waiting
-    assert admission.placed_prompts == sum(placed.values())
+    assert admission.prompt_tokens == sum(known.values())
     for rid in "abc":
         admission.gone(rid)
-    assert admission.placed_prompts == 0 and not admission.waiting
+    assert admission.prompt_tokens == 0 and not admission.waiting
 
 
 def test_answered_lengths_raise_what_local_attention_is_expected_to_read():
     """A young batch of equal answers: what it will read decides, so more is offloaded than by what it reads now."""
-    young, fleet = here(rows=100, used=20_000), there(attended_tokens=30_000, lanes_in_use=80)
+    young, fleet = here(rows=100, used=10_000), there(attended_tokens=30_000, lanes_in_use=80)
     fresh, experienced = decider(), decider()
     for _ in range(20):
         experienced.answered(512)
     for auto in (fresh, experienced):
         for number in range(100):
             auto.admission.placed(f"old{number}", 100)
-    assert fresh.decide("r", 512, "a", young, fleet).split == 0
-    assert experienced.decide("r", 512, "a", young, fleet).split == 512
+    assert fresh.decide("r", prompt(512), "a", young, fleet).split == 0
+    assert experienced.decide("r", prompt(512), "a", young, fleet).split == 512
 
 
 def test_observe_long_waits_slow_the_executors_rate_down():
-    auto = decider()
+    auto, reading = decider(), there(attended_tokens=200_000, lanes_in_use=100)
+    before = auto.predict(150, 120_000, reading)
+    remote_s, trip_s = before.remote["a"]
     for _ in range(auto.settings.patience):
-        auto.observe(policy.Observation(peer="a", steps=100, step_s=0.02, predicted_step_s=0.02, exposed_wait_s=0.01))
-    assert auto.state.rates["a"] < 1.0
-    slower = auto.predicted_step_s(BUSY, there(attended_tokens=200_000, lanes_in_use=100))
-    assert slower > decider().predicted_step_s(BUSY, there(attended_tokens=200_000, lanes_in_use=100))
+        auto.observe(
+            policy.Observation(
+                peer="a",
+                steps=100,
+                step_s=before.step_s * 2,
+                predicted_step_s=before.step_s,
+                exposed_wait_s=2 * remote_s,
+                local_s=before.local_s,
+                remote_s=remote_s,
+                round_trip_s=trip_s,
+            )
+        )
+    assert auto.state.rates["a"] < 1.0 and auto.state.extra_s > 0.0
+    assert auto.predict(150, 120_000, reading).step_s > before.step_s
+
+
+def test_decide_prompt_in_decodes_own_tree_needs_no_room_there():
+    """Its prefix is locked by running requests, so only the rest takes slots."""
+    busy_prefill = there(prefill_load=0.95)
+    almost = here(rows=190, used=117_000)
+    assert decider().decide("r", prompt(5000), "a", almost, busy_prefill) is None
+    auto = decider()
+    decision = auto.decide("r", prompt(5000, local_cached_tokens=4096), "a", almost, busy_prefill)
+    assert decision is not None and decision.split == 0
+    assert auto.admission.waiting == {"r": 904}
+
+
+def test_decide_prompts_that_share_slots_are_attended_to_by_each_row():
+    """Ten running requests over one prompt: little memory, much to read, so the next one goes remote."""
+    auto = decider()
+    for number in range(100):
+        auto.admission.decided(f"old{number}", 4096, cached_tokens=4000)
+        auto.admission.placed(f"old{number}", 4096)
+    assert auto.admission.prompt_tokens == 409_600
+    shared = here(rows=100, used=20_000)
+    assert auto.decide("r", prompt(4096, local_cached_tokens=4000), "a", shared, there()).split == 4096
+
+
+def test_decide_pinned_prefix_takes_no_second_room_at_prefill():
+    """The cap is all but reached: a fresh prompt stays here, one whose beginning is pinned there already does not."""
+    full = there(pinned_tokens=172_500)
+    assert decider().decide("r", prompt(4096), "a", BUSY, full).split == 0
+    assert decider().decide("r", prompt(4096, shared_tokens=4032, cached_tokens=4032), "a", BUSY, full).split == 4096
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.booleans(), st.integers(0, 1), st.integers(0, 400), st.integers(0, 400))
+    )
+)
+def test_kept_prefixes_know_the_longest_common_beginning_in_whole_blocks(events):
+    def ids(common: int, own: int, rid: str) -> list[int]:
+        return [7] * common + [ord(rid)] * own
+
+    kept, model = KeptPrefixes(), {}
+    for rid, keeps, where, common, own in events:
+        if keeps:
+            kept.keep(rid, where, ids(common, own, rid))
+            model[rid] = (where, ids(common, own, rid))
+        else:
+            kept.drop(rid)
+            model.pop(rid, None)
+    asked = ids(300, 100, "a")
+    for where in (0, 1):
+        alike = [
+            next((i for i, (x, y) in enumerate(zip(asked, prefix, strict=False)) if x != y), min(len(prefix), 400))
+            for place, prefix in model.values()
+            if place == where
+        ]
+        assert kept.leading(where, asked) == max(alike, default=0) // BLOCK_TOKENS * BLOCK_TOKENS
+    for rid in list(model):
+        kept.drop(rid)
+    assert not kept._kept and not kept._by_request
 
 
 @given(st.floats(1e-3, 1.0), st.floats(1e-3, 10.0))
@@ -175,7 +252,7 @@ def test_step_times_report_each_link_once_a_window():
             wanted = times.add(0.02)
             assert wanted == ((number + 1) % PREDICT_EVERY == 0)
             if wanted:
-                times.predicted(0.025)
+                times.predicted(Predicted(0.025, 0.01, {"a": (0.008, 0.001)}))
             links = [LinkTotals(3, "a", steps, wait_s), LinkTotals(4, "b", 0, 0.0)]
             seen = times.observations(links)
             assert not seen or number == OBSERVE_STEPS - 1
@@ -183,22 +260,25 @@ def test_step_times_report_each_link_once_a_window():
 
     (first,) = window(80, 0.4)
     assert (first.peer, first.steps) == ("a", 80)
+    assert (first.local_s, first.remote_s, first.round_trip_s) == pytest.approx((0.01, 0.008, 0.001))
     assert (first.step_s, first.predicted_step_s, first.exposed_wait_s) == pytest.approx((0.02, 0.025, 0.005))
     (second,) = window(180, 0.4)
     assert (second.steps, second.exposed_wait_s) == (100, 0.0)
     assert window(180, 0.4) == []
 
 
-def test_load_meter_approaches_the_busy_share_and_forgets():
+def test_load_meter_approaches_the_share_of_work_and_forgets():
     meter = LoadMeter()
-    now = 0.0
+    now = worked_s = 0.0
     for number in range(4000):
         now += WINDOW_S / 400
-        meter.tick(now, busy=number % 4 == 0)
-    assert meter.load == pytest.approx(0.25, abs=0.02)
-    meter.tick(now + 10 * WINDOW_S, busy=False)
+        worked_s += WINDOW_S / 400 * 0.8  # the executor had the core for the rest
+        meter.tick(now, worked_s, busy=number % 4 == 0)
+    assert meter.load == pytest.approx(0.2, abs=0.02)
+    now += 10 * WINDOW_S
+    meter.tick(now, worked_s + 10 * WINDOW_S, busy=False)
     assert 0.0 <= meter.load < 1e-4
-    meter.tick(now + 20 * WINDOW_S, busy=True)
+    meter.tick(now + 10 * WINDOW_S, worked_s + 20 * WINDOW_S, busy=True)
     assert meter.load == pytest.approx(1.0, abs=1e-4) and meter.load <= 1.0
 
 

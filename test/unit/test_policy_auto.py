@@ -55,7 +55,7 @@ states = st.builds(
     pressed=st.booleans(),
     reuse=st.floats(0, 1),
     rates=st.dictionaries(st.sampled_from("abcd"), st.floats(0.25, 2)),
-    step_scale=st.floats(0.5, 3),
+    extra_s=st.floats(-0.01, 0.05),
 )
 settings = st.builds(
     policy.LoadSettings,
@@ -255,15 +255,25 @@ def test_decide_reused_prefixes_keep_room_from_fresh_ones():
     assert split(state, reused, BUSY, fleet, rules) == 900
 
 
-def seen(exposed, peer="a", step_s=0.02):
-    return policy.Observation(peer=peer, steps=50, step_s=step_s, predicted_step_s=0.02, exposed_wait_s=exposed)
+STEP_S, LOCAL_S = 0.02, 0.01
 
 
-def run_observations(waits, limited=5, **state):
-    current = policy.LoadState(limited=limited, **state)
+def seen(exposed, peer="a", remote_s=LOCAL_S):
+    return policy.Observation(
+        peer=peer,
+        steps=50,
+        step_s=STEP_S,
+        predicted_step_s=STEP_S,
+        exposed_wait_s=exposed,
+        local_s=LOCAL_S,
+        remote_s=remote_s,
+    )
+
+
+def run_observations(waits, limited=True, remote_s=LOCAL_S):
+    current = policy.LoadState(limited=limited)
     for wait in waits:
-        current = policy.observe(current, seen(wait * 0.02), policy.LoadSettings())
-        current = msgspec.structs.replace(current, limited=limited)
+        current = policy.observe(current, seen(wait * STEP_S, remote_s=remote_s), policy.LoadSettings())
     return current.rates.get("a", 1.0)
 
 
@@ -276,19 +286,40 @@ def test_observe_noise_around_the_band_does_not_flap():
     assert run_observations([0.2, 0.2, 0.03, 0.0, 0.0] * 10) == 1.0
 
 
-def test_observe_lasting_waits_lower_the_rate_and_idle_time_raises_it_within_bounds():
-    assert run_observations([0.2] * 3) == 0.9
+@given(st.floats(0.3, 1.9), st.floats(1.2, 3.0))
+def test_observe_waits_tell_the_true_rate(true_rate, overload):
+    """An instance with more to read than hides is found out, whatever it was taken for."""
+    remote_s = true_rate * LOCAL_S * overload
+    exposed = remote_s / true_rate - LOCAL_S
+    current, rules = policy.LoadState(), policy.LoadSettings()
+    for _ in range(60):
+        current = policy.observe(current, seen(exposed, remote_s=remote_s), rules)
+    assert abs(current.rates.get("a", 1.0) / true_rate - 1) < 0.06
+
+
+def test_observe_idle_time_raises_the_rate_within_bounds_while_requests_are_limited():
+    assert run_observations([0.0] * 2) == 1.0
     assert run_observations([0.0] * 3) == 1.05
-    assert run_observations([0.2] * 300) == 0.25
     assert run_observations([0.0] * 300) == 2.0
+    assert run_observations([0.0] * 300, limited=False) == 1.0
 
 
-def test_observe_no_waits_without_a_limited_request_ask_for_no_more():
-    assert run_observations([0.0] * 10, limited=0) == 1.0
+def test_observe_hidden_part_that_should_have_shown_raises_the_rate():
+    """Taken to be too slow: what was read without a wait is a lower bound."""
+    assert 1.0 < run_observations([0.0] * 30, limited=False, remote_s=1.5 * LOCAL_S) <= 1.5
 
 
-def test_observe_waits_under_memory_pressure_are_accepted():
-    assert run_observations([0.2] * 10, pressed=True) == 1.0
+def test_observe_waits_that_were_agreed_to_change_nothing():
+    """Beyond what hides, because decode's memory is full or requests asked for it: no news about the rate."""
+    assert run_observations([0.5] * 10, remote_s=2 * LOCAL_S) == 1.0
+
+
+def test_observe_longer_steps_than_predicted_count_as_fixed_time():
+    state = policy.LoadState()
+    for _ in range(60):
+        longer = msgspec.structs.replace(seen(0.0), step_s=STEP_S + 0.008)
+        state = policy.observe(state, longer, policy.LoadSettings())
+    assert abs(state.extra_s - 0.008) < 1e-4
 
 
 @given(st.permutations(["a", "b", "c"]))
@@ -318,6 +349,8 @@ def test_output_lengths_alike_expect_half_an_output_and_varied_ones_what_is_ther
         alike, varied = alike.add(512), varied.add(10).add(10).add(10).add(2_000)
     assert alike.expected_tokens(1_000, 600, 9) == 600 + 10 * 256
     assert varied.expected_tokens(1_000, 600, 9) == 1_000
+    grown = policy.OutputLengths().add(32)  # outputs have become longer: no request has ended yet
+    assert grown.expected_tokens(600 + 9 * 200, 600, 9) == 600 + 10 * 100
 
 
 POINTS = [

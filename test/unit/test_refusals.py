@@ -12,6 +12,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from sglang_adrenaline import auto_cost, refusals
@@ -254,14 +255,45 @@ def test_check_auto_ratio_profile_of_this_model_passes_and_others_are_refused(sg
         assert told is None if why is None else why in (told or "")
 
 
+@pytest.mark.parametrize(("objective", "possible_ms"), [("slo_tpot_ms", 1000.0), ("slo_ttft_ms", 1000.0)])
+def test_check_impossible_objective_is_refused_in_one_line(sglang, folder, tmp_path, objective, possible_ms):
+    served = sglang.resolve(folder(LLAMA), "decode")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    profile = tmp_path / "profile.json"
+    measured = msgspec.structs.replace(
+        datasheet_profile("CPU", model_from_config(str(tmp_path), bytes_each=4)), source="measured"
+    )
+    profile.write_bytes(encode_profile(measured))
+    for path in (None, str(profile)):
+        refusals.check(*served, AdrenalineConfig(role="decode", profile=path, **{objective: possible_ms}))
+        impossible = AdrenalineConfig(role="decode", profile=path, **{objective: 1e-3})
+        with pytest.raises(ConfigError, match=r"--adrenaline-slo-t(tft|pot)-ms 0.001 cannot be met: [^\n]* ms$"):
+            refusals.check(*served, impossible)
+
+
+def test_ratio_auto_falls_back_to_a_fixed_one_for_models_without_a_cost_model(sglang, folder):
+    experts = folder(
+        {**LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
+    )
+    _, model_config = sglang.resolve(experts, "decode")
+    auto_cost.check(AdrenalineConfig(role="decode"), model_config)
+    assert auto_cost.ratio_for(AdrenalineConfig(role="decode"), model_config) == auto_cost.FALLBACK_RATIO
+    with pytest.raises(ConfigError, match="mixtures of experts"):
+        auto_cost.check(AdrenalineConfig(role="decode", slo_tpot_ms=50.0), model_config)
+    _, dense = sglang.resolve(folder(LLAMA), "decode")
+    assert auto_cost.ratio_for(AdrenalineConfig(role="decode"), dense) == "auto"
+
+
 def test_cost_model_for_server_unknown_gpu_goes_by_a_slow_one_and_a_foreign_profile_is_refused(tmp_path, caplog):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     model = model_from_config(str(tmp_path), bytes_each=4)
-    plain = AdrenalineConfig(role="decode", offload_ratio="auto", slo_tpot_ms=1e-6)
+    plain = AdrenalineConfig(role="decode", offload_ratio="auto")
     with caplog.at_level("INFO"):
         assert auto_cost.for_server(plain, model, "Some GPU 3000").profile.device == auto_cost.UNKNOWN_GPU
-    for text in ("Some GPU 3000", "data sheet of", "cannot be met"):
+    for text in ("Some GPU 3000", "data sheet of"):
         assert text in caplog.text
+    with pytest.raises(ConfigError, match="cannot be met"):
+        auto_cost.for_server(msgspec.structs.replace(plain, slo_tpot_ms=1e-6), model, "Some GPU 3000")
     profile = tmp_path / "profile.json"
     profile.write_bytes(encode_profile(datasheet_profile("CPU", model)))
     given = AdrenalineConfig(role="decode", offload_ratio="auto", profile=str(profile))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from sglang_adrenaline import auto_cost, compat, policy
@@ -15,6 +14,7 @@ from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.decode.auto import Admission, Here, LoadDecider, There
 from sglang_adrenaline.decode.links import Link, Peer
 from sglang_adrenaline.decode.offload import Offload, OffloadState
+from sglang_adrenaline.decode.prefixes import KeptPrefixes
 from sglang_adrenaline.decode.step_times import LinkTotals, StepTimes
 
 
@@ -45,6 +45,7 @@ class ByLoad:
         self.decider = decider
         self.turns_over = False
         """No further request can be decided in this scheduler loop: the one whose turn it is waits for memory."""
+        self.kept = KeptPrefixes()
         self._scheduler = scheduler
         self._pool_tokens = pool_tokens
         self._here: Here | None = None
@@ -60,8 +61,11 @@ class ByLoad:
         if not compat.ran_decode_step(self._scheduler):
             return
         if self._times.add(took):
-            here = replace(self._decode_now(), rows=len(compat.running_requests(self._scheduler)))
-            self._times.predicted(self.decider.predicted_step_s(here, prefill_now(offloads, peers, reading=True)))
+            running = compat.running_requests(self._scheduler)
+            there = prefill_now(offloads, peers, reading=True)
+            tokens = sum(compat.prompt_len(req) + compat.output_len(req) for req in running)
+            local = tokens - sum(peer.attended_tokens for peer in there.values())
+            self._times.predicted(self.decider.predict(len(running), max(local, 0), there))
         totals = (
             LinkTotals(link.index, link.peer.name, link.channel.steps, link.channel.exposed_wait_s)
             for link in links
@@ -75,17 +79,26 @@ class ByLoad:
     ) -> policy.Decision | None:
         """The split of a request whose turn it is; None, also for those behind it, while decode has no room for it."""
         self._here = self._here or self._decode_now()
-        rid = compat.rid(offload.req)
+        shared = self.kept.leading(link.index, compat.prompt_ids(offload.req))
+        request = policy.Request(
+            prompt_len=offload.prompt_len,
+            shared_tokens=shared,
+            cached_tokens=shared,
+            local_cached_tokens=compat.locked_prefix_len(self._scheduler, offload.req),
+        )
         there = prefill_now(offloads, peers, reading=False)
-        decision = self.decider.decide(rid, offload.prompt_len, link.peer.name, self._here, there)
+        decision = self.decider.decide(compat.rid(offload.req), request, link.peer.name, self._here, there)
         self.turns_over = decision is None
+        if decision is not None and decision.split:
+            offload.shared_tokens = min(shared, decision.split)
+            self.kept.keep(compat.rid(offload.req), link.index, compat.prompt_ids(offload.req)[: decision.split])
         return decision
 
     def _decode_now(self) -> Here:
         return Here(
             pool_tokens=self._pool_tokens,
             budget_tokens=compat.admission_budget(self._scheduler),
-            used_tokens=self._pool_tokens - compat.pool_free_tokens(self._scheduler),
+            answer_tokens=sum(map(compat.output_len, compat.running_requests(self._scheduler))),
             rows=compat.num_admitted(self._scheduler),
         )
 
@@ -105,7 +118,9 @@ def prefill_now(offloads: Iterable[Offload], peers: Iterable[Peer], *, reading: 
             continue
         ours = held.get(link.index, [])
         # What was pinned before the report is in it, since both come from one thread; what ended since is left in.
-        since = sum(o.remote_prefix_len for o in ours if o.ready_at == 0.0 or o.ready_at > reported_at)
+        since = sum(
+            o.remote_prefix_len - o.shared_tokens for o in ours if o.ready_at == 0.0 or o.ready_at > reported_at
+        )
         there[peer.name] = There(
             pool_tokens=stats.pool_tokens,
             pinned_tokens=stats.pinned_tokens + since,

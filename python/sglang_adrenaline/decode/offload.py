@@ -58,6 +58,8 @@ class Offload:
     """The request itself asked for the split."""
     split_open: bool = False
     """`remote_prefix_len` is decided by load, on the first rank, when the request's turn comes; not agreed on yet."""
+    shared_tokens: int = 0
+    """Of the remote prefix: kept for other requests already when this one was decided by load."""
     state: OffloadState = OffloadState.UNDECIDED
     word: Word = Word.WAITING
     link: Link | None = None

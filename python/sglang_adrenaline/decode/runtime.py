@@ -13,7 +13,7 @@ import uuid
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from sglang_adrenaline import compat, messages, policy
+from sglang_adrenaline import auto_cost, compat, messages, policy
 from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec, DecodeEnd
 from sglang_adrenaline.channel.opening import open_decode_end
 from sglang_adrenaline.config import AdrenalineConfig
@@ -88,7 +88,7 @@ class DecodeRuntime:
         pool = compat.pool_shape(scheduler)
         self._scheduler = scheduler
         self._ranks = compat.ranks(scheduler)
-        ratio = self.config.offload_ratio
+        self._ratio = ratio = auto_cost.ratio_for(self.config, compat.model_config(scheduler))
         fixed = 0.0 if ratio == "auto" else ratio
         self._settings = policy.Settings(fixed, self.config.min_offload_tokens, pool.page_size)
         if ratio == "auto" and self._ranks.is_first:
@@ -148,7 +148,7 @@ class DecodeRuntime:
             wish = policy.requested_prefix_len(compat.custom_params(req), length)
         except ValueError:  # the front end let it pass, so the prompt was cut since: then for this prompt's whole
             wish = policy.WHOLE_PROMPT
-        by_load = self.config.offload_ratio == "auto" and wish is None
+        by_load = self._ratio == "auto" and wish is None
         remote, self._policy = policy.decide(self._policy, length, wish, self._settings)
         if (remote == 0 and not by_load) or room in self._offloads:
             self.local_total += 1
@@ -318,7 +318,7 @@ class DecodeRuntime:
         self._admission.gone(compat.rid(offload.req))
         if self._offloads.get(offload.room) is not offload:
             return
-        del self._offloads[offload.room]
+        self._forget(offload)
         self._give_back(offload)
         if offload.state is OffloadState.FAILED:
             self.failed_total += 1
@@ -326,6 +326,11 @@ class DecodeRuntime:
             self.offloaded_total += 1
         else:
             self.local_total += 1
+
+    def _forget(self, offload: Offload) -> None:
+        del self._offloads[offload.room]
+        if self._by_load is not None:
+            self._by_load.kept.drop(compat.rid(offload.req))
 
     def _give_back(self, offload: Offload) -> None:
         """Whatever our prefill rank keeps for the request; it does not mind if that is nothing."""
@@ -341,7 +346,7 @@ class DecodeRuntime:
     def pump(self) -> None:
         """Once a scheduler loop, before the queues are looked at."""
         if compat.no_request_waits_for_a_row(self._scheduler):
-            self._admission.waiting.clear()  # whatever became of them
+            self._admission.nobody_waits()
         if self._by_load is not None:
             self._by_load.new_loop(self._offloads.values(), self._peers.values(), self._links.values())
         self._agree()
@@ -371,12 +376,12 @@ class DecodeRuntime:
     def _become_local(self, offload: Offload) -> None:
         """Stock behaviour from here on. If the request has no row yet, it will take room for its whole prompt."""
         self.local_total += 1
-        del self._offloads[offload.room]
+        self._forget(offload)
         self._give_back(offload)
         if offload.word is not Word.NO:
             self.nacks["other_rank"] += 1
         rid = compat.rid(offload.req)
-        if rid not in self._admission.waiting:
+        if rid not in self._admission.waiting or offload.link is None:  # without an offer it was decided to be local
             return
         if self._by_load is not None:
             self._admission.decided(rid, offload.prompt_len)
@@ -460,7 +465,7 @@ class DecodeRuntime:
         return {
             "role": "decode",
             "instance": self.instance,
-            "offload_ratio": self.config.offload_ratio,
+            "offload_ratio": self._ratio,
             "peers": [peer.status() for peer in self._peers.values()],
             "running": {"local": len(running) - num_remote, "offloaded": num_remote},
             "tokens": {
@@ -477,7 +482,7 @@ class DecodeRuntime:
             "failed_total": self.failed_total,
             "nacks": dict(self.nacks),
             "decisions": dict(self._by_load.decider.decisions) if self._by_load is not None else {},
-            "pressed": self._by_load is not None and self._by_load.decider.state.pressed,
+            **(self._by_load.decider.status() if self._by_load is not None else {"pressed": False}),
             "exposed_wait_ms_total": round(wait_s * 1e3, 3),
             "exposed_wait_ms_per_step": round(wait_s * 1e3 / steps, 3) if steps else 0.0,
         }

@@ -65,14 +65,14 @@ class LoadState(msgspec.Struct, frozen=True):
     """Requests did not fit into decode's memory of late."""
     reuse: float = 0.0
     """Running share of prompt tokens that were already on the prefill side."""
-    limited: int = 0
-    """Requests that stayed local for the water level since the last observation."""
+    limited: bool = False
+    """The last request that the water level decided about stayed local for it."""
     rates: Mapping[str, float] = {}
     """Per prefill instance: its executor's rate as share of what its view says; 1 where it is missing."""
     votes: Mapping[str, int] = {}
     """Per prefill instance: observations in a row that asked for more (positive) or less (negative)."""
-    step_scale: float = 1.0
-    """Measured step time as share of the predicted one."""
+    extra_s: float = 0.0
+    """What a step takes beyond its prediction; negative: less."""
 
 
 def decide_by_load(
@@ -94,6 +94,7 @@ def decide_by_load(
     reused = max(request.shared_tokens, request.cached_tokens) / length if length else 0.0
     pressed = _pressed(state.pressed, request, decode, settings)
     reuse = state.reuse + settings.reuse_weight * (reused - state.reuse)
+    limited = state.limited
     peer = prefill.get(target)
     if peer is None:
         decision = Decision(0, Reason.NO_PEER)
@@ -101,14 +102,16 @@ def decide_by_load(
         decision = Decision(0, Reason.SHORT)
     else:
         rate = _rate(state, target, peer)
-        spare = _spare(request, decode, rate, peer, settings)
-        hidden = min(_hidden(state, request, target, decode, prefill, settings), spare)
+        spare = _spare(state, request, decode, rate, peer, settings)
+        level = _hidden(state, request, target, decode, prefill, settings)
+        hidden = min(level, spare)
         if reused < 0.5:
             hidden *= 1.0 - settings.reuse_reserve * reuse
         overflow = min(_overflow(state, decode, rate, peer, settings), spare) if pressed else 0.0
         decision = _decide(request, hidden, overflow, decode, peer, settings)
-    limited = state.limited + (decision.reason is Reason.LEVEL)
-    return decision, LoadState(pressed, reuse, limited, state.rates, state.votes, state.step_scale)
+        if level <= spare and decision.reason in (Reason.LEVEL, Reason.HIDDEN):
+            limited = decision.reason is Reason.LEVEL
+    return decision, LoadState(pressed, reuse, limited, state.rates, state.votes, state.extra_s)
 
 
 def _decide(
@@ -162,13 +165,21 @@ def _read_after(request: Request, peer: PrefillView, settings: LoadSettings) -> 
     return peer.attended_tokens - (request.shared_tokens if settings.shared_read else 0)
 
 
-def _spare(request: Request, decode: DecodeView, rate: float, peer: PrefillView, settings: LoadSettings) -> float:
+def _spare(
+    state: LoadState, request: Request, decode: DecodeView, rate: float, peer: PrefillView, settings: LoadSettings
+) -> float:
     """Tokens of this prompt that the executor can read in the time that prefill leaves it."""
     if peer.prefill_load <= 0.0:
         return math.inf
     part = max(1.0 - peer.prefill_load / settings.prefill_utilisation, 0.0)
-    step_s = decode.linear_s + max(decode.local_tokens / decode.attention_rate, peer.attended_tokens / rate)
+    step_s = _fixed_s(state, decode.linear_s)
+    step_s += max(decode.local_tokens / decode.attention_rate, peer.attended_tokens / rate)
     return part * step_s * rate - _read_after(request, peer, settings)
+
+
+def _fixed_s(state: LoadState, linear_s: float) -> float:
+    """Of a step without attention, as measured steps correct it."""
+    return max(linear_s + state.extra_s, 0.0)
 
 
 def _rate(state: LoadState, name: str, peer: PrefillView) -> float:
@@ -184,16 +195,17 @@ def _worth(request: Request, decode: DecodeView, peer: PrefillView) -> bool:
 
 def _overflow(state: LoadState, decode: DecodeView, rate: float, peer: PrefillView, settings: LoadSettings) -> float:
     """Tokens that a request may leave remote as one more row: within B_max, the SLO, and without loss of throughput."""
-    fixed_s = decode.linear_s - decode.rows * decode.linear_row_s
+    linear_s = _fixed_s(state, decode.linear_s)
+    fixed_s = linear_s - decode.rows * decode.linear_row_s
     if decode.rows >= settings.max_rows or decode.pool_tokens > fixed_s * rate:
         return 0.0
     local_s = decode.local_tokens / decode.attention_rate
     remote_s = peer.round_trip_s + peer.attended_tokens / rate if peer.attended_tokens else 0.0
-    step_s = decode.linear_s + max(local_s, remote_s)
+    step_s = linear_s + max(local_s, remote_s)
     longest_s = step_s * (decode.rows + 1) / decode.rows if decode.rows else math.inf
     if settings.slo_tpot_s is not None:
-        longest_s = min(longest_s, settings.slo_tpot_s / state.step_scale)
-    attention_s = longest_s - decode.linear_s - decode.linear_row_s
+        longest_s = min(longest_s, settings.slo_tpot_s)
+    attention_s = longest_s - linear_s - decode.linear_row_s
     if attention_s < local_s:
         return 0.0
     return max((attention_s - peer.round_trip_s) * rate - peer.attended_tokens, 0.0)

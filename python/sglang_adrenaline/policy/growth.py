@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-WEIGHT = 0.02
+WEIGHT = 0.05
 
 
 class OutputLengths(msgspec.Struct, frozen=True):
@@ -25,9 +25,11 @@ class OutputLengths(msgspec.Struct, frozen=True):
 
         Outputs of one length keep a batch that began together in step: its suffixes are all short at first and half an
         output on the mean. The more lengths vary, the more a batch mixes young and old, and now is like the mean.
+        What the rows have produced already is the least that outputs are now.
         """
         if not self.mean:
             return local_tokens
         alike = max(2.0 - self.square / self.mean**2, 0.0)  # 1 - the squared coefficient of variation
-        half_way = local_prompt_tokens + (rows + 1) * self.mean / 2
+        mean = max(self.mean, (local_tokens - local_prompt_tokens) / rows) if rows else self.mean
+        half_way = local_prompt_tokens + (rows + 1) * mean / 2
         return int(alike * half_way + (1.0 - alike) * local_tokens)

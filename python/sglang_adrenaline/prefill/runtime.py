@@ -286,7 +286,9 @@ class PrefillRuntime:
                 self._waited_gone_s += session.executor.waited_s
                 del self._executors[key]
         now = time.monotonic()
-        self._load.tick(now, compat.runs_prompts(self._scheduler))
+        # On a CPU the executor's thread may have this thread's core; a GPU's own time is not known here.
+        worked_s = time.thread_time() if self._device.type == "cpu" else now
+        self._load.tick(now, worked_s, compat.runs_prompts(self._scheduler))
         if self._sessions and now - self._stats_sent > STATS_INTERVAL_S:
             self._stats_sent = now
             for session in list(self._sessions.values()):

@@ -13,12 +13,12 @@ from typing import Any
 
 from sglang_adrenaline import policy
 from sglang_adrenaline.cost_model import CostModel
+from sglang_adrenaline.decode.step_times import OBSERVE_STEPS
 from sglang_adrenaline.policy.views import pin_room
 from sglang_adrenaline.simulate.batch import Batch
 from sglang_adrenaline.simulate.prefill import BATCH_TOKENS, Prefill
 from sglang_adrenaline.simulate.trace import Req
 
-OBSERVE_STEPS = 100
 RETRACT_STEPS = 20
 """A retraction frees room for so many steps, as SGLang's does."""
 
@@ -277,6 +277,7 @@ class Decode:
             return
         slowest = max(self.prefills, key=lambda peer: peer.read_tokens / peer.rate if self.remote[peer.index] else -1.0)
         step_s = (batch.busy_s - self._seen_busy) / steps
+        mean_local = max(batch.local - batch.rows * min(steps, OBSERVE_STEPS) / 2, 0)
         self.state = policy.observe(
             self.state,
             policy.Observation(
@@ -285,6 +286,9 @@ class Decode:
                 step_s=step_s,
                 predicted_step_s=step_s,
                 exposed_wait_s=(batch.exposed_s - self._seen_exposed) / steps,
+                local_s=mean_local / self.cost.attention_rate,
+                remote_s=slowest.read_tokens / slowest.told_rate,
+                round_trip_s=self.cost.round_trip_s(self.remote_rows),
             ),
             self.rules.settings,
         )
