@@ -299,7 +299,7 @@ def test_observe_waits_tell_the_true_rate(true_rate, overload):
 
 def test_observe_idle_time_raises_the_rate_within_bounds_while_requests_are_limited():
     assert run_observations([0.0] * 2) == 1.0
-    assert run_observations([0.0] * 3) == 1.05
+    assert run_observations([0.0] * 3) == 1.1
     assert run_observations([0.0] * 300) == 2.0
     assert run_observations([0.0] * 300, limited=False) == 1.0
 

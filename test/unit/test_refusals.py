@@ -280,8 +280,7 @@ def test_ratio_auto_falls_back_to_a_fixed_one_for_models_without_a_cost_model(sg
     assert auto_cost.ratio_for(AdrenalineConfig(role="decode"), model_config) == auto_cost.FALLBACK_RATIO
     with pytest.raises(ConfigError, match="mixtures of experts"):
         auto_cost.check(AdrenalineConfig(role="decode", slo_tpot_ms=50.0), model_config)
-    _, dense = sglang.resolve(folder(LLAMA), "decode")
-    assert auto_cost.ratio_for(AdrenalineConfig(role="decode"), dense) == "auto"
+    assert auto_cost.ratio_for(AdrenalineConfig(role="decode", offload_ratio=0.3), model_config) == 0.3
 
 
 def test_cost_model_for_server_unknown_gpu_goes_by_a_slow_one_and_a_foreign_profile_is_refused(tmp_path, caplog):

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from sglang_adrenaline import policy
 
-OBSERVE_STEPS = 48
+OBSERVE_STEPS = 32
 PREDICT_EVERY = 8
 
 

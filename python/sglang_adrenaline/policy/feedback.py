@@ -15,7 +15,7 @@ import msgspec
 from sglang_adrenaline.policy.auto import LoadState
 from sglang_adrenaline.policy.views import LoadSettings
 
-MORE = 1.05
+MORE = 1.1
 """Upwards without evidence."""
 RATE_MIN, RATE_MAX = 0.25, 2.0
 TOLERANCE = 0.05

@@ -1,0 +1,68 @@
+"""The executor's share of the SMs follows prefill's load, without flapping."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_adrenaline.policy import PrefillLoad, SharePoint
+from sglang_adrenaline.policy.sm_share import MARGIN, predicted_ttft_s
+from sglang_adrenaline.prefill.share_control import DWELL_S, ShareControl
+
+POINTS = [
+    SharePoint(executor_share=share, attention_rate=rate, prefill_rate=prefill)
+    for share, rate, prefill in ((0.1, 2e6, 30e3), (0.25, 4e6, 25e3), (0.5, 5.5e6, 17e3))
+]
+SLO_S = 0.2
+
+
+def run(control, begin, seconds, prompts_s, tokens=1024):
+    """The shares of that time, one for each prompt."""
+    times = [begin + number / prompts_s for number in range(int(seconds * prompts_s))]
+    shares = []
+    for now in times:
+        control.computed(now, tokens)
+        shares.append(control.share(now))
+    return shares
+
+
+def test_share_load_that_rises_and_falls_takes_the_share_away_and_gives_it_back():
+    control = ShareControl(POINTS, SLO_S)
+    assert control.share(1.0) == 0.5
+    assert run(control, 1.0, 60, prompts_s=5)[-1] == 0.5
+    assert run(control, 61.0, 60, prompts_s=22)[-1] == 0.1
+    assert control.share(300.0) == 0.5
+
+
+def test_share_steady_load_settles():
+    for prompts_s in (3, 8, 11, 12, 13, 14, 16, 20, 25):
+        shares = run(ShareControl(POINTS, SLO_S), 1.0, 300, prompts_s)
+        assert len(set(shares[len(shares) // 2 :])) == 1, prompts_s
+
+
+@given(st.lists(st.tuples(st.floats(1e-3, 2.0), st.integers(1, 20_000)), min_size=1, max_size=200))
+def test_share_changes_no_faster_than_it_may_and_only_between_measured_points(prompts):
+    control, now, changes, before = ShareControl(POINTS, SLO_S), 1.0, [], None
+    for gap, tokens in prompts:
+        now += gap
+        control.computed(now, tokens)
+        share = control.share(now)
+        assert share in {point.executor_share for point in POINTS}
+        if before is not None and share != before:
+            changes.append(now)
+        before = share
+    assert all(later - sooner >= DWELL_S for sooner, later in itertools.pairwise(changes))
+
+
+def test_share_settled_keeps_the_objective():
+    for prompts_s in (4, 9, 12, 18):
+        share = run(ShareControl(POINTS, SLO_S), 1.0, 120, prompts_s)[-1]
+        (point,) = (point for point in POINTS if point.executor_share == share)
+        load = PrefillLoad(requests_s=prompts_s, prompt_tokens=1024)
+        assert predicted_ttft_s(load, point.prefill_rate) <= 1.3 * MARGIN * SLO_S
+
+
+def test_share_no_points_are_refused():
+    with pytest.raises(ValueError, match="no SM shares"):
+        ShareControl([], SLO_S)
