@@ -41,6 +41,11 @@ def prompt_len(req: Req) -> int:
     return len(req.origin_input_ids)
 
 
+def new_prompt_tokens(req: Req) -> int:
+    """Prefill: prompt tokens that were computed, not found in the cache."""
+    return max(prompt_len(req) - int(req.cached_tokens), 1)
+
+
 def prompt_ids(req: Req) -> Sequence[int]:
     return req.origin_input_ids
 

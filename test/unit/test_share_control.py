@@ -3,12 +3,15 @@
 import itertools
 
 import pytest
+from figures_of_models import LLAMA2_7B
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_adrenaline.cost_model import CostModel
 from sglang_adrenaline.policy import PrefillLoad, SharePoint
 from sglang_adrenaline.policy.sm_share import MARGIN, predicted_ttft_s
-from sglang_adrenaline.prefill.share_control import DWELL_S, ShareControl
+from sglang_adrenaline.prefill.share_control import DWELL_S, ShareControl, points_at
+from sglang_adrenaline.profile_data import datasheet_profile
 
 POINTS = [
     SharePoint(executor_share=share, attention_rate=rate, prefill_rate=prefill)
@@ -61,6 +64,14 @@ def test_share_settled_keeps_the_objective():
         (point,) = (point for point in POINTS if point.executor_share == share)
         load = PrefillLoad(requests_s=prompts_s, prompt_tokens=1024)
         assert predicted_ttft_s(load, point.prefill_rate) <= 1.3 * MARGIN * SLO_S
+
+
+def test_points_at_takes_the_nearest_point_of_the_profile():
+    cost = CostModel(datasheet_profile("H100", LLAMA2_7B))
+    points = points_at(cost, (0.17, 0.36))
+    assert [point.executor_share for point in points] == [0.17, 0.36]
+    known = {point.executor_share: point for point in cost.share_points()}
+    assert [point.attention_rate for point in points] == [known[0.18].attention_rate, known[0.36].attention_rate]
 
 
 def test_share_no_points_are_refused():

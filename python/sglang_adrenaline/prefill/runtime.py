@@ -18,7 +18,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from sglang_adrenaline import compat, messages
+from sglang_adrenaline import auto_cost, compat, messages
 from sglang_adrenaline.channel import opening
 from sglang_adrenaline.channel.base import ChannelShape
 from sglang_adrenaline.config import AdrenalineConfig
@@ -30,6 +30,7 @@ from sglang_adrenaline.prefill import agreement
 from sglang_adrenaline.prefill.executor import AttentionExecutor, LayerKV, ThreadExecutor
 from sglang_adrenaline.prefill.load_meter import LoadMeter
 from sglang_adrenaline.prefill.pins import NackReason, Pin, PinTable
+from sglang_adrenaline.prefill.share_control import ShareControl, points_at
 
 if TYPE_CHECKING:
     from sglang_adrenaline.prefill.gpu_sharing import GpuSharing
@@ -62,6 +63,8 @@ class PrefillRuntime:
         self.pins: PinTable | None = None
         self.gpu: GpuSharing | None = None
         """Where executor and prefill share one."""
+        self._share_control: ShareControl | None = None
+        """With a TTFT objective: chooses among the shares of `gpu`."""
         self._scheduler: Any = None
         self._sessions: dict[str, Session] = {}
         """By peer, the ones that are connected."""
@@ -118,8 +121,17 @@ class PrefillRuntime:
             from sglang_adrenaline.prefill.gpu_sharing import GpuSharing
 
             self.gpu = GpuSharing(self._scheduler, self._device.index, None if sms == "auto" else sms)
+            self._share_control = self._control_shares(self.gpu.shares)
         elif sms != "auto" and sms > 0:
             raise ConfigError("--adrenaline-executor-sms needs a GPU")
+
+    def _control_shares(self, shares: tuple[float, ...]) -> ShareControl | None:
+        """Where there are shares to choose from and an objective to choose by. Raises ConfigError."""
+        if len(shares) < 2 or self.config.slo_ttft_ms is None:
+            return None
+        model = auto_cost.served_model(compat.model_config(self._scheduler))
+        cost = auto_cost.for_server(self.config, model, compat.device_name(self._scheduler))
+        return ShareControl(points_at(cost, shares), self.config.slo_ttft_ms / 1e3)
 
     def _warm_up(self) -> None:
         """Raises ConfigError on a model that the executor cannot serve."""
@@ -252,6 +264,8 @@ class PrefillRuntime:
 
         Decode sees the transfer succeed only after this, so it never meets a request that the executor does not know.
         """
+        if self._share_control is not None:
+            self._share_control.computed(time.monotonic(), compat.new_prompt_tokens(req))
         room = compat.room(req)
         if self.pins is None or room is None:
             return
@@ -323,7 +337,9 @@ class PrefillRuntime:
 
     @property
     def executor_share(self) -> float:
-        """Of the GPU's SMs, that prefill stays off while it keeps prefixes; 0 = none."""
+        """Of the GPU's SMs, that prefill stays off while it keeps prefixes; 0 = none. Scheduler thread."""
+        if self._share_control is not None:
+            return self._share_control.share(time.monotonic())
         shares = self.gpu.shares if self.gpu is not None else ()
         return shares[len(shares) // 2] if shares else 0.0
 

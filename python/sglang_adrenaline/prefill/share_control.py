@@ -1,10 +1,10 @@
 """Which share of the SMs the executor should have, as prefill's load shifts. Knows nothing of GPUs; scheduler thread.
 
-    control = ShareControl(cost.share_points(), slo_ttft_s)
+    control = ShareControl(points_at(cost, shares), slo_ttft_s)
     control.computed(now, new_tokens)     for each prompt that prefill has computed
     share = control.share(now)            before a batch is launched: place it off that share of the SMs
 
-Shares are points of the profile. A change needs DWELL_S since the last one, and a larger share room to spare
+A change needs DWELL_S since the last one, and a larger share room to spare
 (`policy.choose_share`), so a share does not flap with single prompts.
 """
 
@@ -13,10 +13,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import msgspec
+
+from sglang_adrenaline.cost_model import CostModel
 from sglang_adrenaline.policy import PrefillLoad, SharePoint, choose_share
 
 WINDOW_S = 10.0
 DWELL_S = 2.0
+
+
+def points_at(cost: CostModel, shares: Sequence[float]) -> list[SharePoint]:
+    """What the profile says about each of these shares: its nearest point's figures."""
+    known = cost.share_points()
+    return [
+        msgspec.structs.replace(
+            min(known, key=lambda point: (abs(point.executor_share - share), point.executor_share)),
+            executor_share=share,
+        )
+        for share in shares
+    ]
 
 
 class ShareControl:
