@@ -1,4 +1,4 @@
-"""The cost model that `--adrenaline-offload-ratio auto` decides with: from a profile, else from data sheets.
+"""The cost model that ratio auto and the executor's share of the SMs are decided with: from a profile, or data sheets.
 
 `check` runs before any weight is loaded, in the server's main process, which does not touch a GPU; the rest in the
 scheduler's, which knows the device.
@@ -65,11 +65,11 @@ def for_server(config: AdrenalineConfig, model: ModelFigures, device: str) -> Co
     """
     if config.profile is not None:
         cost = CostModel(load_profile(config.profile, device=device, model=model))
-        logger.info("offload ratio auto goes by profile %s (%s)", config.profile, cost.profile.source)
+        logger.info("scheduling goes by profile %s (%s)", config.profile, cost.profile.source)
     else:
         cost = CostModel(datasheet_profile(_sheet(device), model))
         logger.info(
-            "offload ratio auto goes by the data sheet of %s, since no --adrenaline-profile is given",
+            "scheduling goes by the data sheet of %s, since no --adrenaline-profile is given",
             cost.profile.device,
         )
     check_objectives(config, cost)

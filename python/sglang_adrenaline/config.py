@@ -51,7 +51,7 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     lanes: int | None = None
     """Offloaded requests that one decode instance can have on one prefill instance at a time; None: `lanes_for`."""
     executor_sms: int | Literal["auto"] = "auto"
-    """SMs of the prefill GPU that prefill leaves alone while prefixes are offloaded; 0: none. auto: a third or so."""
+    """SMs of the prefill GPU that prefill leaves alone while prefixes are offloaded; 0: none. auto: by prefill's load."""
     key_file: str | None = None
     """File with the shared secret of the deployment; None disables offloading to other processes' servers."""
     control_port_offset: int = 1000
@@ -233,7 +233,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="SMs of the prefill GPU that prefill leaves to the attention executor while prompts are offloaded, "
         "rounded up to what the GPU can set apart; the executor uses the others, too, while they are idle; 0: prefill "
-        "always uses all (default auto: 36 %% of them)",
+        "always uses all (default auto: up to 36 %% of them, by prefill's load)",
     )
     group.add_argument(
         "--adrenaline-key-file",

@@ -7,7 +7,7 @@ from figures_of_models import LLAMA2_7B
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_adrenaline.cost_model import CostModel
+from sglang_adrenaline.cost_model import WHOLE_DEVICE, CostModel
 from sglang_adrenaline.policy import PrefillLoad, SharePoint
 from sglang_adrenaline.policy.sm_share import MARGIN, predicted_ttft_s
 from sglang_adrenaline.prefill.share_control import DWELL_S, ShareControl, points_at
@@ -51,7 +51,7 @@ def test_share_changes_no_faster_than_it_may_and_only_between_measured_points(pr
         now += gap
         control.computed(now, tokens)
         share = control.share(now)
-        assert share in {point.executor_share for point in POINTS}
+        assert share in {WHOLE_DEVICE, *(point.executor_share for point in POINTS)}
         if before is not None and share != before:
             changes.append(now)
         before = share
@@ -64,6 +64,20 @@ def test_share_settled_keeps_the_objective():
         (point,) = (point for point in POINTS if point.executor_share == share)
         load = PrefillLoad(requests_s=prompts_s, prompt_tokens=1024)
         assert predicted_ttft_s(load, point.prefill_rate) <= 1.3 * MARGIN * SLO_S
+
+
+def test_share_without_an_objective_is_the_fastest_under_which_prefill_keeps_up():
+    control = ShareControl(POINTS, None)
+    assert run(control, 1.0, 60, prompts_s=14)[-1] == 0.5  # 0.84 of what prefill computes beside it
+    assert run(control, 61.0, 60, prompts_s=18)[-1] == 0.25
+    assert control.share(300.0) == 0.5
+
+
+@pytest.mark.parametrize("slo_s", [None, SLO_S])
+def test_share_prefill_that_cannot_keep_up_gets_everything_and_gives_it_back(slo_s):
+    control = ShareControl(POINTS, slo_s)
+    assert run(control, 1.0, 60, prompts_s=28)[-1] == WHOLE_DEVICE
+    assert run(control, 61.0, 60, prompts_s=5)[-1] == 0.5
 
 
 def test_points_at_takes_the_nearest_point_of_the_profile():

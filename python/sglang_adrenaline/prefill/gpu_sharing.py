@@ -22,8 +22,8 @@ from sglang_adrenaline.prefill.sm_partition import SmPartition
 
 logger = logging.getLogger(__name__)
 
-AUTO_SHARES = (0.18, 0.36, 0.48)
-"""Of the SMs, among which `auto` chooses for the executor: an H100's read memory with 0.56, 0.90 and 0.94 of the
+AUTO_SHARES = (0.12, 0.24, 0.36)
+"""Of the SMs, among which `auto` chooses for the executor: an H100's read memory with 0.40, 0.72 and 0.90 of the
 bandwidth of all (`profile_data.py`). PyTorch keeps memory for each stream that was used, so there are few."""
 WHOLE = 0.0
 WAIT_S = 60.0

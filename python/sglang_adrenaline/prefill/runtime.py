@@ -64,7 +64,7 @@ class PrefillRuntime:
         self.gpu: GpuSharing | None = None
         """Where executor and prefill share one."""
         self._share_control: ShareControl | None = None
-        """With a TTFT objective: chooses among the shares of `gpu`."""
+        """Chooses among the shares of `gpu`."""
         self._scheduler: Any = None
         self._sessions: dict[str, Session] = {}
         """By peer, the ones that are connected."""
@@ -126,12 +126,17 @@ class PrefillRuntime:
             raise ConfigError("--adrenaline-executor-sms needs a GPU")
 
     def _control_shares(self, shares: tuple[float, ...]) -> ShareControl | None:
-        """Where there are shares to choose from and an objective to choose by. Raises ConfigError."""
-        if len(shares) < 2 or self.config.slo_ttft_ms is None:
+        """Where there are shares to choose from, and a cost model to choose by. Raises ConfigError."""
+        if len(shares) < 2:
             return None
-        model = auto_cost.served_model(compat.model_config(self._scheduler))
+        try:
+            model = auto_cost.served_model(compat.model_config(self._scheduler))
+        except ConfigError as error:
+            logger.warning("the executor's share of the SMs stays as it is: %s", error)
+            return None
         cost = auto_cost.for_server(self.config, model, compat.device_name(self._scheduler))
-        return ShareControl(points_at(cost, shares), self.config.slo_ttft_ms / 1e3)
+        slo_ms = self.config.slo_ttft_ms
+        return ShareControl(points_at(cost, shares), slo_ms / 1e3 if slo_ms is not None else None)
 
     def _warm_up(self) -> None:
         """Raises ConfigError on a model that the executor cannot serve."""
@@ -341,7 +346,7 @@ class PrefillRuntime:
         if self._share_control is not None:
             return self._share_control.share(time.monotonic())
         shares = self.gpu.shares if self.gpu is not None else ()
-        return shares[len(shares) // 2] if shares else 0.0
+        return max(shares, default=0.0)
 
     @property
     def keeps_prefixes(self) -> bool:
@@ -410,6 +415,7 @@ class PrefillRuntime:
             "offloaded_total": self.offloaded_total,
             "nacks": dict(self.pins.nacks),
             "prefill_load": round(self._load.load, 3),
+            "executor_share": round(self.executor_share, 3),
             "exposed_wait_ms_total": 0.0,
         }
 
