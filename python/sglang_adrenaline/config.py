@@ -51,7 +51,7 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     lanes: int | None = None
     """Offloaded requests that one decode instance can have on one prefill instance at a time; None: `lanes_for`."""
     executor_sms: int | Literal["auto"] = "auto"
-    """SMs of the prefill GPU that prefill leaves alone while prefixes are offloaded; 0: none. auto: by prefill's load."""
+    """SMs of the prefill GPU that prefill leaves alone while prefixes are offloaded; 0: none; auto: by its load."""
     key_file: str | None = None
     """File with the shared secret of the deployment; None disables offloading to other processes' servers."""
     control_port_offset: int = 1000
