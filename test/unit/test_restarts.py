@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sglang_adrenaline.decode.restarts import RestartedPrefill
-from sglang_adrenaline.decode.runtime import FORGET_S, DecodeRuntime
 
 ADDRESS = ("127.0.0.1", 8998)
 KEY = "127.0.0.1:8998"
@@ -66,21 +64,3 @@ def test_what_sglang_dropped_itself_needs_nothing(manager, restarted):
     del manager.prefill_info_table[KEY]
     restarted.welcomed(ADDRESS, "b")
     assert manager.failed == []
-
-
-def test_prefill_that_has_left_is_forgotten_unless_a_request_names_it():
-    long_ago, now = time.monotonic() - FORGET_S - 1, time.monotonic()
-    closed = []
-
-    def peer(address: tuple[str, int], link: object, since: float) -> SimpleNamespace:
-        return SimpleNamespace(link=link, since=since, close=lambda: closed.append(address))
-
-    left, away, connected, named = (("p", port) for port in range(4))
-    states = {left: (None, long_ago), away: (None, now), connected: (object(), long_ago), named: (None, long_ago)}
-    runtime = SimpleNamespace(
-        _peers={address: peer(address, *state) for address, state in states.items()},
-        _offloads={1: SimpleNamespace(address=named)},
-    )
-    DecodeRuntime._forget_absent_peers(runtime)
-    assert closed == [left]
-    assert set(runtime._peers) == {away, connected, named}

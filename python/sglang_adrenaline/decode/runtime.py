@@ -22,6 +22,7 @@ from sglang_adrenaline.decode.auto import Admission
 from sglang_adrenaline.decode.by_load import ByLoad, make_decider
 from sglang_adrenaline.decode.links import Address, Link, LinkIndex, Peer
 from sglang_adrenaline.decode.offload import Offload, OffloadState, Word
+from sglang_adrenaline.decode.peers import Peers
 from sglang_adrenaline.decode.restarts import RestartedPrefill
 from sglang_adrenaline.decode.table import OffloadTable
 from sglang_adrenaline.errors import ChannelError, PeerLostError
@@ -42,9 +43,6 @@ MAX_UNPLACED = 32
 """Offers that may be out for requests without a row in decode's pool. Prefill keeps room for an accepted prompt, so
 those that would wait long for decode's memory are offered when their turn comes, not when they arrive. With ratio auto,
 requests that were decided to be local count as well."""
-MAX_PEERS = 64
-FORGET_S = 300.0
-"""A prefill instance that has been away this long has left: nobody asks for it any more until a request names it."""
 READY_WAIT_S = 10.0
 """Between the arrival of the transfer and the word that the prefix is pinned."""
 
@@ -58,8 +56,6 @@ class DecodeRuntime:
         self.table = OffloadTable()
         self.endpoint: IpcEndpoint | None = None
         """On a GPU: where the kernels of the decode steps find their channel; made by the attention backend."""
-        self._steps_gone = 0
-        self._wait_gone_s = 0.0
         self.offloaded_total = 0
         self.local_total = 0
         self.failed_total = 0
@@ -68,8 +64,7 @@ class DecodeRuntime:
         self._policy = policy.State()
         self._settings: policy.Settings | None = None
         self._keys = load_key_file(config.key_file) if config.key_file else None
-        self._peers: dict[Address, Peer] = {}
-        self._links: dict[int, Link] = {}
+        self._peers = Peers(self._connect)
         self._new_index = LinkIndex()
         self._offloads: dict[int, Offload] = {}
         """By room; every one that is not over."""
@@ -112,7 +107,7 @@ class DecodeRuntime:
     def _open_channel(self, spec: ChannelSpec, peer: Peer) -> DecodeEnd:
         """Control thread. Raises ChannelError."""
         device = compat.device(self._scheduler)
-        if self.endpoint is not None and any(p.link is not None and p.link.alive for p in list(self._peers.values())):
+        if self.endpoint is not None and self._peers.any_alive():
             raise ChannelError("a decode server on a GPU offloads to one prefill server at a time, so far")
         return open_decode_end(
             spec,
@@ -163,30 +158,26 @@ class DecodeRuntime:
             forced=wish is not None,
             split_open=by_load,
         )
-        if not self._has_peer(offload.address):  # other ranks may have it: they have to hear that this one has not
+        if not self._peers.ask(
+            offload.address, self._addresses_in_use
+        ):  # other ranks may have it: they have to hear that this one has not
             self._decline(offload, "no_peer")
         self._offloads[room] = offload
         if not by_load:
             self.advance(offload)
         return offload
 
-    def _has_peer(self, address: Address) -> bool:
-        """Whether the prefill instance at this bootstrap address can be asked; begins to connect to a new one.
+    def _addresses_in_use(self) -> set[Address]:
+        return {offload.address for offload in self._offloads.values()}
 
-        Addresses come with requests, so their number is bounded: an idle stranger makes room for a new address.
-        """
-        if address in self._peers:
-            return True
+    def _links_in_use(self) -> set[int]:
+        return {offload.link.index for offload in self._offloads.values() if offload.link is not None}
+
+    def _connect(self, address: Address) -> Peer | None:
         port = address[1] + self.config.control_port_offset + self._ranks.tp_rank
         if self._keys is None or not 0 < port < 65_536:
-            return False
-        if len(self._peers) >= MAX_PEERS:
-            used = {offload.address for offload in self._offloads.values()}
-            idle = [a for a, peer in self._peers.items() if peer.link is None and a not in used]
-            if not idle:
-                return False
-            self._peers.pop(idle[0]).close()
-        self._peers[address] = Peer(
+            return None
+        return Peer(
             address,
             port,
             self.config,
@@ -198,15 +189,6 @@ class DecodeRuntime:
             on_lost=self._on_lost,
             restarted=self._restarted,
         )
-        return True
-
-    def _forget_absent_peers(self) -> None:
-        now = time.monotonic()
-        absent = [a for a, peer in self._peers.items() if peer.link is None and now - peer.since > FORGET_S]
-        if absent:
-            used = {offload.address for offload in self._offloads.values()}
-            for address in set(absent) - used:
-                self._peers.pop(address).close()
 
     def advance(self, offload: Offload) -> None:
         """Called at every poll of the request while its transfer is being prepared or under way."""
@@ -240,7 +222,7 @@ class DecodeRuntime:
     def _decide_by_load(self, offload: Offload, link: Link) -> None:
         """Decide if it is the request's turn; those behind it are not looked at before it was decided."""
         assert self._by_load is not None
-        decision = self._by_load.decide(offload, link, self._offloads.values(), self._peers.values())
+        decision = self._by_load.decide(offload, link, self._offloads.values(), self._peers)
         if decision is not None and decision.split:
             offload.remote_prefix_len = decision.split
             self._offer(offload, link)
@@ -250,7 +232,7 @@ class DecodeRuntime:
     def _offer(self, offload: Offload, link: Link) -> None:
         offload.link = link
         offload.created_at = time.monotonic()
-        self._links[link.index] = link
+        self._peers.use(link)
         self._admission.decided(compat.rid(offload.req), offload.prompt_len - offload.remote_prefix_len)
         link.send(
             messages.Offer(
@@ -348,7 +330,7 @@ class DecodeRuntime:
         if compat.no_request_waits_for_a_row(self._scheduler):
             self._admission.nobody_waits()
         if self._by_load is not None:
-            self._by_load.new_loop(self._offloads.values(), self._peers.values(), self._links.values())
+            self._by_load.new_loop(self._offloads.values(), self._peers, self._peers.links)
         self._agree()
         for offload in list(self._offloads.values()):
             if offload.state is OffloadState.LOCAL:
@@ -357,15 +339,7 @@ class DecodeRuntime:
                 self._fail_now(offload)
             elif offload.retracting and not compat.is_retracted_and_waiting(self._scheduler, offload.req):
                 self.end(offload)  # aborted while it was retracted
-        self._forget_absent_peers()
-        if len(self._links) > len(self._peers):
-            used = {o.link.index for o in self._offloads.values() if o.link is not None}
-            for index, link in list(self._links.items()):
-                if not link.alive and index not in used:
-                    self._wait_gone_s += link.channel.exposed_wait_s
-                    self._steps_gone += link.channel.steps
-                    link.channel.close()
-                    del self._links[index]
+        self._peers.tidy(self._addresses_in_use, self._links_in_use)
 
     def _agree(self) -> None:
         """Compare with the other ranks what became of each request. All ranks come here together."""
@@ -402,7 +376,7 @@ class DecodeRuntime:
     # ---- steps (scheduler thread, inside the forward pass) ----------------------------------------------------------
 
     def link(self, index: int) -> Link:
-        return self._links[index]
+        return self._peers.link(index)
 
     def step_failed(self, link: Link, reason: str) -> None:
         """This rank could not finish a step with this link: `after_step` ends what depends on it, on all ranks."""
@@ -416,7 +390,7 @@ class DecodeRuntime:
 
         On a GPU a step that could not be finished shows only now; on a CPU it showed in the forward pass.
         """
-        for link in list(self._links.values()):
+        for link in self._peers.links:
             if link.alive and link.channel.steps:
                 try:
                     link.channel.check()
@@ -456,9 +430,7 @@ class DecodeRuntime:
 
     def status(self) -> dict[str, Any]:
         """What `GET /adrenaline/status` shows. Scheduler thread."""
-        channels = [link.channel for link in self._links.values()]
-        steps = self._steps_gone + sum(channel.steps for channel in channels)
-        wait_s = self._wait_gone_s + sum(channel.exposed_wait_s for channel in channels)
+        steps, wait_s = self._peers.steps, self._peers.exposed_wait_s
         running = compat.running_requests(self._scheduler)
         remote = [offload for offload in self._offloads.values() if offload.is_remote]
         num_remote = sum(self.of(req) is not None for req in running)
@@ -466,7 +438,7 @@ class DecodeRuntime:
             "role": "decode",
             "instance": self.instance,
             "offload_ratio": self._ratio,
-            "peers": [peer.status() for peer in self._peers.values()],
+            "peers": self._peers.status(),
             "running": {"local": len(running) - num_remote, "offloaded": num_remote},
             "tokens": {
                 "remote": sum(offload.remote_prefix_len for offload in remote),
@@ -488,5 +460,4 @@ class DecodeRuntime:
         }
 
     def close(self) -> None:
-        for peer in self._peers.values():
-            peer.close()
+        self._peers.close()
