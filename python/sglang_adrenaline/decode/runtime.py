@@ -158,9 +158,8 @@ class DecodeRuntime:
             forced=wish is not None,
             split_open=by_load,
         )
-        if not self._peers.ask(
-            offload.address, self._addresses_in_use
-        ):  # other ranks may have it: they have to hear that this one has not
+        if not self._peers.ask(offload.address, self._addresses_in_use):
+            # Other ranks may have the peer: they have to hear that this one has not.
             self._decline(offload, "no_peer")
         self._offloads[room] = offload
         if not by_load:
