@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sglang_adrenaline import policy
 from sglang_adrenaline.cost_model import CostModel
 from sglang_adrenaline.decode.auto import Admission, Here, LoadDecider, There, most_utilisation
-from sglang_adrenaline.decode.prefixes import BLOCK_TOKENS, KeptPrefixes
+from sglang_adrenaline.decode.prefixes import BLOCK_TOKENS, KeptPrefixes, block_names
 from sglang_adrenaline.decode.step_times import OBSERVE_STEPS, PREDICT_EVERY, LinkTotals, Predicted, StepTimes
 from sglang_adrenaline.policy import PrefillLoad
 from sglang_adrenaline.policy.sm_share import MARGIN, predicted_ttft_s
@@ -217,7 +217,7 @@ def test_kept_prefixes_know_the_longest_common_beginning_in_whole_blocks(events)
     kept, model = KeptPrefixes(), {}
     for rid, keeps, where, common, own in events:
         if keeps:
-            kept.keep(rid, where, ids(common, own, rid))
+            kept.keep(rid, where, block_names(ids(common, own, rid)))
             model[rid] = (where, ids(common, own, rid))
         else:
             kept.drop(rid)
@@ -229,7 +229,7 @@ def test_kept_prefixes_know_the_longest_common_beginning_in_whole_blocks(events)
             for place, prefix in model.values()
             if place == where
         ]
-        assert kept.leading(where, asked) == max(alike, default=0) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert kept.leading(where, block_names(asked)) == max(alike, default=0) // BLOCK_TOKENS * BLOCK_TOKENS
     for rid in list(model):
         kept.drop(rid)
     assert not kept._kept and not kept._by_request

@@ -14,7 +14,7 @@ from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.decode.auto import Admission, Here, LoadDecider, There
 from sglang_adrenaline.decode.links import Link, Peer
 from sglang_adrenaline.decode.offload import Offload, OffloadState
-from sglang_adrenaline.decode.prefixes import KeptPrefixes
+from sglang_adrenaline.decode.prefixes import BLOCK_TOKENS, KeptPrefixes, block_names
 from sglang_adrenaline.decode.step_times import LinkTotals, StepTimes
 
 
@@ -79,7 +79,9 @@ class ByLoad:
     ) -> policy.Decision | None:
         """The split of a request whose turn it is; None, also for those behind it, while decode has no room for it."""
         self._here = self._here or self._decode_now()
-        shared = self.kept.leading(link.index, compat.prompt_ids(offload.req))
+        if offload.block_names is None:  # once: its turn may take many loops to come
+            offload.block_names = block_names(compat.prompt_ids(offload.req))
+        shared = self.kept.leading(link.index, offload.block_names)
         request = policy.Request(
             prompt_len=offload.prompt_len,
             shared_tokens=shared,
@@ -91,7 +93,7 @@ class ByLoad:
         self.turns_over = decision is None
         if decision is not None and decision.split:
             offload.shared_tokens = min(shared, decision.split)
-            self.kept.keep(compat.rid(offload.req), link.index, compat.prompt_ids(offload.req)[: decision.split])
+            self.kept.keep(compat.rid(offload.req), link.index, offload.block_names[: decision.split // BLOCK_TOKENS])
         return decision
 
     def _decode_now(self) -> Here:

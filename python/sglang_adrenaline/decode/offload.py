@@ -60,6 +60,8 @@ class Offload:
     """`remote_prefix_len` is decided by load, on the first rank, when the request's turn comes; not agreed on yet."""
     shared_tokens: int = 0
     """Of the remote prefix: kept for other requests already when this one was decided by load."""
+    block_names: list[int] | None = None
+    """Of the prompt (`prefixes.py`), where it is decided by load; None before."""
     state: OffloadState = OffloadState.UNDECIDED
     word: Word = Word.WAITING
     link: Link | None = None

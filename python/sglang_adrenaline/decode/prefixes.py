@@ -1,6 +1,6 @@
 """Which beginnings of prompts prefill instances keep for this decode instance, so that a shared one is known as such.
 
-A prompt is named block by block, each block's name depending on those before it. Scheduler thread only.
+A prompt is named block by block (`block_names`), each block's name depending on those before it. Scheduler thread only.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ class KeptPrefixes:
         """How many requests keep a block, by link and name."""
         self._by_request: dict[str, tuple[int, list[int]]] = {}
 
-    def keep(self, rid: str, where: int, prefix: Sequence[int]) -> None:
-        """The instance was asked to keep `prefix` (token ids) for the request."""
+    def keep(self, rid: str, where: int, names: Sequence[int]) -> None:
+        """The instance was asked to keep these blocks for the request."""
         self.drop(rid)
-        names = _names(prefix)
-        self._by_request[rid] = (where, names)
+        self._by_request[rid] = (where, list(names))
         self._kept.update((where, name) for name in names)
 
     def drop(self, rid: str) -> None:
@@ -34,19 +33,18 @@ class KeptPrefixes:
             if not self._kept[where, name]:
                 del self._kept[where, name]
 
-    def leading(self, where: int, prompt: Sequence[int]) -> int:
-        """Tokens at the beginning of a prompt that are kept for others; whole blocks."""
-        if not self._kept:
-            return 0
+    def leading(self, where: int, names: Sequence[int]) -> int:
+        """Tokens at the beginning of a prompt of these blocks that are kept for others."""
         blocks = 0
-        for name in _names(prompt):
+        for name in names:
             if (where, name) not in self._kept:
                 break
             blocks += 1
         return blocks * BLOCK_TOKENS
 
 
-def _names(tokens: Sequence[int]) -> list[int]:
+def block_names(tokens: Sequence[int]) -> list[int]:
+    """Of the whole blocks of these token ids."""
     names, name = [], 0
     for end in range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS):
         name = hash((name, tuple(tokens[end - BLOCK_TOKENS : end])))
