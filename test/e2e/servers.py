@@ -77,6 +77,8 @@ class Server:
     ready_line: str | None = None
     """What the log holds once it serves, if `ready_path` cannot tell."""
     process: subprocess.Popen[bytes] | None = None
+    _log_begins: int = 0
+    """Where in the log, which others may have written to before, its newest start begins."""
 
     @property
     def url(self) -> str:
@@ -90,6 +92,7 @@ class Server:
     def start(self) -> None:
         assert self.process is None, f"{self.name} runs already"
         with self.log.open("ab") as log:
+            self._log_begins = log.tell()
             log.write(f"\n$ {' '.join(self.command)}\n".encode())
             log.flush()
             self.process = subprocess.Popen(
@@ -116,7 +119,7 @@ class Server:
 
     def _is_ready(self) -> bool:
         if self.ready_line is not None:
-            return self.ready_line in self.log.read_text(errors="replace")
+            return self.ready_line in self.log_text()
         return _answers(self.url + self.ready_path)
 
     def alive(self) -> bool:
@@ -152,6 +155,10 @@ class Server:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(max(0.0, left))
         self.kill()
+
+    def log_text(self) -> str:
+        """What it has said since its newest start."""
+        return self.log.read_bytes()[self._log_begins :].decode(errors="replace")
 
     def log_end(self, lines: int = 60) -> str:
         text = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []

@@ -38,7 +38,7 @@ def test_retracted_requests_give_the_same_tokens(mortal, reference):
     answers = generate_all(mortal.url, payloads, concurrency=8)
     for (name, split), choices in zip(asked, answers, strict=True):
         check_equal(choices[0], reference.single[name][0], label=f"{name}, split {split}, retracted now and then")
-    assert "#retracted_reqs" in mortal.servers["decode"].log.read_text(errors="replace")
+    assert "#retracted_reqs" in mortal.servers["decode"].log_text()
     wait_for_nothing_left(mortal)
 
 

@@ -63,8 +63,7 @@ def test_all_servers_are_used_and_answers_equal_stock(fleet, reference):
     for name, status in statuses(fleet).items():
         assert [peer["connected"] for peer in status["peers"]] == [True, True], (name, status["peers"])
         assert all(peer["steps"] > 0 for peer in status["peers"]), (name, status["peers"])
-    text = fleet.servers["launcher"].log.read_text()
-    assert text.count("offloaded request: 4 tokens") == 4, "the warm-up has each pair once"
+    assert launcher_text(fleet).count("offloaded request: 4 tokens") == 4, "the warm-up has each pair once"
 
 
 def test_kill_prefill_its_offloaded_requests_end_in_time_and_the_load_moves(fleet, reference):
@@ -142,7 +141,7 @@ def test_router_by_itself_follows_its_file_of_servers(fleet, logs):
 
 
 def launcher_text(group: Group) -> str:
-    return group.servers["launcher"].log.read_text()
+    return group.servers["launcher"].log_text()
 
 
 def main_process(group: Group, name: str) -> int:
