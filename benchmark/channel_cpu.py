@@ -22,7 +22,7 @@ import torch
 
 from sglang_adrenaline.channel import opening
 from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec, ExecutorEnd
-from sglang_adrenaline.errors import PeerLostError
+from sglang_adrenaline.profiling import round_trip
 
 
 def decode(spec: ChannelSpec, args: argparse.Namespace) -> None:
@@ -53,14 +53,8 @@ def decode(spec: ChannelSpec, args: argparse.Namespace) -> None:
 
 def answer(end: ExecutorEnd, stopped: threading.Event) -> None:
     torch.set_num_threads(1)
-    lse = torch.zeros(end.spec.shape.lanes, end.spec.shape.num_qo_heads)
-    try:
-        while True:
-            call = end.wait_call(1.0)
-            if call is not None:
-                end.answer(call, call.q, lse[: len(call.lanes)])
-    except PeerLostError:
-        stopped.set()
+    round_trip.answer(end)
+    stopped.set()
 
 
 def main() -> None:

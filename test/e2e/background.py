@@ -1,9 +1,10 @@
-"""A client in the background, for tests that do something to the servers while it waits for its answer."""
+"""A client in the background, for tests that do something to the servers while it waits, and how such clients end."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import requests
@@ -39,3 +40,18 @@ class Client:
         except requests.RequestException as error:
             self.status, self.text = -1, repr(error)
         self.ended = time.monotonic()
+
+
+def expect_lost(clients: Sequence[Client], died: float, bound_s: float) -> None:
+    """Each ends within `bound_s` of the death of the prefill server (`time.monotonic`), with that for a reason."""
+    for client in clients:
+        client.thread.join(max(0.1, died + bound_s + 5 - time.monotonic()))
+        assert client.ended and client.ended - died < bound_s, client
+        assert client.status >= 500 and "held the prompt's KV and was lost" in client.text, client.text
+
+
+def expect_answered(clients: Sequence[Client], timeout_s: float) -> None:
+    """`timeout_s`: for each, from now on."""
+    for client in clients:
+        client.thread.join(timeout_s)
+        assert client.status == 200, client.text

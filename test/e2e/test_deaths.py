@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import requests
 import servers
-from background import Client
+from background import Client, expect_answered, expect_lost
 from compare import check_equal, generate_all, with_split
 from servers import Group, wait_until
 from test_lifecycle import wait_for_nothing_left
@@ -54,13 +54,8 @@ def test_kill_prefill_offloaded_requests_end_with_the_cause_and_local_ones_finis
     wait_until(lambda: _running(mortal) >= 5, 60, "all requests run")
     mortal.kill("prefill")
     died = time.monotonic()
-    for client in remote:
-        client.thread.join(DEATH_BOUND_S + 5)
-        assert client.ended and client.ended - died < DEATH_BOUND_S, client
-        assert client.status >= 500 and "held the prompt's KV and was lost" in client.text, client.text
-    for client in local:
-        client.thread.join(120)
-        assert client.status == 200, client.text
+    expect_lost(remote, died, DEATH_BOUND_S)
+    expect_answered(local, 120)
     status = mortal.status("decode")
     assert status["totals"]["failed"] >= 3 and not status["peers"][0]["connected"]
     mortal.restart("prefill")

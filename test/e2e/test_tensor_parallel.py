@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import servers
-from background import Client
+from background import Client, expect_answered, expect_lost
 from cases import LENGTHS
 from compare import check_equal, generate_all, with_split
 from conftest import watched
@@ -66,13 +66,8 @@ def test_kill_one_prefill_rank_ends_every_request_and_a_restart_serves_again(gro
     wait_until(lambda: sum(group.status("decode")["running"].values()) >= 5, 60, "all requests run")
     os.kill(scheduler_pid(group.servers["prefill"], rank=1), signal.SIGKILL)
     died = time.monotonic()
-    for client in remote:
-        client.thread.join(DEATH_BOUND_S + 5)
-        assert client.ended and client.ended - died < DEATH_BOUND_S, client
-        assert client.status >= 500 and "held the prompt's KV and was lost" in client.text, client.text
-    for client in local:
-        client.thread.join(60)
-        assert client.status == 200, client.text
+    expect_lost(remote, died, DEATH_BOUND_S)
+    expect_answered(local, 60)
     group.restart("prefill")
     wait_until(lambda: _offloading_works(group), 60, "an offloaded request is served again")
     wait_for_nothing_left(group)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import aiohttp
 import pytest
-from background import Client
+from background import Client, expect_answered, expect_lost
 from cases import prompt
 from compare import with_split
 from servers import Group, wait_until
@@ -75,13 +75,8 @@ def test_kill_prefill_offloaded_requests_end_and_local_ones_finish(fleets, varia
     until(lambda: _running(group) >= 6, 30, "all requests run", remote + local)
     group.kill("prefill")
     died = time.monotonic()
-    for client in remote:
-        client.thread.join(max(0.1, died + DEATH_BOUND_S + 5 - time.monotonic()))
-        assert client.ended and client.ended - died < DEATH_BOUND_S, client
-        assert client.status >= 500 and "held the prompt's KV and was lost" in client.text, client.text
-    for client in local:
-        client.thread.join(60)
-        assert client.status == 200, client.text
+    expect_lost(remote, died, DEATH_BOUND_S)
+    expect_answered(local, 60)
     assert group.servers["decode"].alive()
     status = group.status("decode")
     assert status["totals"]["failed"] >= 4 and not status["peers"][0]["connected"]

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from background import expect_answered, expect_lost
 from bf16_model import VARIANTS, build_bf16_model
 from gpu_cases import batch_cases, length_cases, prompt_len
 from gpu_fleet import Fleet, Totals, started
@@ -74,13 +75,8 @@ def test_kill_one_prefill_rank_ends_every_request_and_a_restart_serves_again(fle
     with Totals(group, len(remote) + len(local)) as totals:
         os.kill(scheduler_pid(group.servers["prefill"], rank=1), signal.SIGKILL)
         died = time.monotonic()
-        for client in remote:
-            client.thread.join(max(0.1, died + DEATH_BOUND_S + 5 - time.monotonic()))
-            assert client.ended and client.ended - died < DEATH_BOUND_S, client
-            assert client.status >= 500 and "held the prompt's KV and was lost" in client.text, client.text
-        for client in local:
-            client.thread.join(100)
-            assert client.status == 200, client.text
+        expect_lost(remote, died, DEATH_BOUND_S)
+        expect_answered(local, 100)
     assert (totals.failed, totals.offloaded) == (len(remote), 0)
     group.kill("prefill")
     group.restart("prefill", timeout_s=200)

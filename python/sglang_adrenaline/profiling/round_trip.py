@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from sglang_adrenaline.channel import shm
-from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec
+from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec, ExecutorEnd
 from sglang_adrenaline.errors import AdrenalineError, ConfigError, PeerLostError
 
 STEPS = 20
@@ -32,7 +32,7 @@ def measure_shm(num_layers: int, num_qo_heads: int, head_dim: int, dtype: str, r
     results, sender = context.Pipe(duplex=False)
     end = shm.create_executor_end(shape)
     process = context.Process(target=_decode, args=(end.spec, rows, sender), daemon=True)
-    thread = threading.Thread(target=_answer, args=(end,))
+    thread = threading.Thread(target=answer, args=(end,))
     try:
         process.start()
         thread.start()
@@ -78,7 +78,8 @@ def _median_s(end: shm.ShmDecodeEnd, shape: ChannelShape, rows: int) -> float:
     return sorted(times)[REPEATS // 2]
 
 
-def _answer(end: shm.ShmExecutorEnd) -> None:
+def answer(end: ExecutorEnd) -> None:
+    """Answer every call with its own queries, at once, until the channel ends."""
     lse = torch.zeros(end.spec.shape.lanes, end.spec.shape.num_qo_heads)
     try:
         while True:
