@@ -62,6 +62,13 @@ def most_tokens(req: Req) -> int:
     return prompt_len(req) + min(req.sampling_params.max_new_tokens, CLIP_MAX_NEW_TOKEN)
 
 
+def answer_limit(req: Req) -> int:
+    """Tokens that the answer may come to, >= 1; of a request that allows more than is usual, what it may double to."""
+    from sglang.srt.disaggregation.decode import CLIP_MAX_NEW_TOKEN
+
+    return max(min(req.sampling_params.max_new_tokens, max(CLIP_MAX_NEW_TOKEN, 2 * len(req.output_ids))), 1)
+
+
 def output_len(req: Req) -> int:
     return len(req.output_ids)
 
@@ -295,12 +302,12 @@ def num_admitted(scheduler: Scheduler) -> int:
     return int(scheduler.disagg_decode_prealloc_queue._active_req_count())
 
 
-def admission_budget(scheduler: Scheduler) -> int:
-    """Tokens of decode's pool that SGLang would give to new requests now; may be negative.
+def unclaimed_tokens(scheduler: Scheduler) -> int:
+    """Tokens of decode's pool that nobody holds or waits for with a claim; may be negative.
 
-    What the tree can evict counts, the reserve of every admitted request and what retracted ones need do not.
+    What the tree can evict counts, what retracted requests need does not.
     """
-    return int(scheduler.disagg_decode_prealloc_queue._allocatable_token_budgets())
+    return int(scheduler.disagg_decode_prealloc_queue._allocatable_token_budgets(reserved_tokens=0))
 
 
 def reserved_decode_tokens(scheduler: Scheduler) -> int:

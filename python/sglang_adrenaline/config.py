@@ -45,6 +45,8 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Prompts shorter than this stay local unless a request asks otherwise."""
     max_pinned_fraction: float = 0.8
     """Prefill refuses to pin more than this share of its KV pool."""
+    admission: Literal["forecast", "reserve"] = "forecast"
+    """How decode keeps room for answers to come: what all will need at most, or SGLang's constant for each."""
     channel: ChannelKind = "auto"
     channel_ports: str = "0"
     """FIRST-LAST or one port: where prefill listens for channels between hosts; 0: any free port."""
@@ -201,6 +203,15 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         default=0.8,
         metavar="F",
         help="most of the prefill KV pool that offloaded requests may pin (default 0.8)",
+    )
+    group.add_argument(
+        "--adrenaline-admission",
+        dest="admission",
+        choices=("forecast", "reserve"),
+        default="forecast",
+        help="how decode keeps room for answers to come: forecast (default): what all running requests will need at "
+        "most before those that end give theirs back, by max_new_tokens and the lengths of recent answers; reserve: "
+        "SGLang's --num-reserved-decode-tokens for each running request",
     )
     group.add_argument(
         "--adrenaline-channel",

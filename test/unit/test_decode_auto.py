@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sglang_adrenaline import policy
 from sglang_adrenaline.cost_model import CostModel
 from sglang_adrenaline.decode.auto import Admission, Here, LoadDecider, There, most_utilisation
+from sglang_adrenaline.decode.memory import ConstantReserve, Promised
 from sglang_adrenaline.decode.prefixes import BLOCK_TOKENS, KeptPrefixes, block_names
 from sglang_adrenaline.decode.step_times import OBSERVE_STEPS, PREDICT_EVERY, LinkTotals, Predicted, StepTimes
 from sglang_adrenaline.policy import PrefillLoad
@@ -18,6 +19,8 @@ from sglang_adrenaline.profile_data import datasheet_profile
 
 COST = CostModel(datasheet_profile("H200", LLAMA2_7B))
 RESERVE = 512
+LIMIT = 1024
+"""Of answers; a constant reserve does not look at it."""
 POOL = 216_000
 IDLE_PREFILL = There(pool_tokens=POOL, pinned_tokens=0, attended_tokens=0, lanes=256, lanes_in_use=0, prefill_load=0.0)
 
@@ -25,12 +28,13 @@ IDLE_PREFILL = There(pool_tokens=POOL, pinned_tokens=0, attended_tokens=0, lanes
 def decider(**settings) -> LoadDecider:
     slo_ttft_s = settings.pop("slo_ttft_s", None)
     rules = policy.LoadSettings(max_rows=COST.rows_max(), **settings)
-    return LoadDecider(COST, rules, Admission(), reserve_tokens=RESERVE, slo_ttft_s=slo_ttft_s)
+    return LoadDecider(COST, rules, Admission(), slo_ttft_s=slo_ttft_s)
 
 
 def here(*, rows: int, used: int, pool: int = POOL) -> Here:
     """Requests with a row that take `used` tokens, all of them answers as far as attention goes."""
-    return Here(pool_tokens=pool, budget_tokens=pool - used - RESERVE * rows, answer_tokens=used, rows=rows)
+    reserve = ConstantReserve(RESERVE, lambda: rows)
+    return Here(pool_tokens=pool, unclaimed_tokens=pool - used, kept_free=reserve, answer_tokens=used, rows=rows)
 
 
 def there(**changes) -> dict[str, There]:
@@ -50,19 +54,19 @@ FULL = here(rows=190, used=118_200)
 
 def test_decide_busy_decode_and_idle_prefill_offloads_the_whole_prompt():
     auto = decider()
-    decision = auto.decide("r", prompt(512), "a", BUSY, there())
+    decision = auto.decide("r", prompt(512), LIMIT, "a", BUSY, there())
     assert decision == policy.Decision(512, policy.Reason.HIDDEN)
-    assert auto.decisions == {"hidden": 1} and auto.admission.waiting == {"r": 0}
+    assert auto.decisions == {"hidden": 1} and auto.admission.waiting == {"r": Promised(0, LIMIT)}
 
 
 def test_decide_idle_decode_keeps_a_short_prompt():
-    decision = decider().decide("r", prompt(512), "a", here(rows=0, used=0), there())
+    decision = decider().decide("r", prompt(512), LIMIT, "a", here(rows=0, used=0), there())
     assert decision is not None and decision.split == 0
 
 
 def test_decide_full_decode_offloads_what_would_not_fit():
     auto = decider()
-    decision = auto.decide("r", prompt(512), "a", FULL, there())
+    decision = auto.decide("r", prompt(512), LIMIT, "a", FULL, there())
     assert decision is not None and decision.split == 512
     assert auto.state.pressed
 
@@ -70,42 +74,42 @@ def test_decide_full_decode_offloads_what_would_not_fit():
 @pytest.mark.parametrize("changes", [{"pinned_tokens": 180_000}, {"lanes_in_use": 256}], ids=["pool", "lanes"])
 def test_decide_full_prefill_keeps_the_request_here(changes):
     auto = decider()
-    assert auto.decide("r", prompt(512), "a", BUSY, there(**changes)) == policy.Decision(0, policy.Reason.CAP)
-    assert auto.admission.waiting == {"r": 512}
+    assert auto.decide("r", prompt(512), LIMIT, "a", BUSY, there(**changes)) == policy.Decision(0, policy.Reason.CAP)
+    assert auto.admission.waiting == {"r": Promised(512, LIMIT)}
 
 
 def test_decide_both_full_waits_and_leaves_no_trace():
     auto = decider()
     before = auto.state
-    assert auto.decide("r", prompt(512), "a", FULL, there(lanes_in_use=256)) is None
+    assert auto.decide("r", prompt(512), LIMIT, "a", FULL, there(lanes_in_use=256)) is None
     assert (auto.state, auto.decisions, auto.admission.waiting) == (before, {}, {})
 
 
 def test_decide_no_request_on_decode_is_never_held():
     """What does not even fit into an empty pool is for SGLang's own admission to answer."""
-    small = Here(pool_tokens=400, budget_tokens=400, answer_tokens=0, rows=0)
-    assert decider().decide("r", prompt(600), "a", small, {}) == policy.Decision(0, policy.Reason.NO_PEER)
+    small = here(rows=0, used=0, pool=400)
+    assert decider().decide("r", prompt(600), LIMIT, "a", small, {}) == policy.Decision(0, policy.Reason.NO_PEER)
 
 
 def test_decide_busy_prefill_is_left_alone():
-    decision = decider().decide("r", prompt(512), "a", BUSY, there(prefill_load=0.95))
+    decision = decider().decide("r", prompt(512), LIMIT, "a", BUSY, there(prefill_load=0.95))
     assert decision is not None and decision.split == 0
 
 
 def test_decide_load_of_prefill_does_not_matter_where_the_executor_has_sms_of_its_own():
-    decision = decider().decide("r", prompt(512), "a", BUSY, there(prefill_load=0.95, executor_share=0.36))
+    decision = decider().decide("r", prompt(512), LIMIT, "a", BUSY, there(prefill_load=0.95, executor_share=0.36))
     assert decision is not None and decision.split == 512
 
 
 def test_decide_ttft_objective_leaves_prefill_more_of_its_time():
     busy = there(prefill_load=0.5)
     loose, strict = decider(slo_ttft_s=5.0), decider(slo_ttft_s=0.02)
-    assert loose.decide("r", prompt(512), "a", BUSY, busy).split == 512
-    assert strict.decide("r", prompt(512), "a", BUSY, busy).split == 0
+    assert loose.decide("r", prompt(512), LIMIT, "a", BUSY, busy).split == 512
+    assert strict.decide("r", prompt(512), LIMIT, "a", BUSY, busy).split == 0
 
 
 def test_decide_unreported_instance_keeps_the_request_local():
-    assert decider().decide("r", prompt(512), "a", BUSY, {}) == policy.Decision(0, policy.Reason.NO_PEER)
+    assert decider().decide("r", prompt(512), LIMIT, "a", BUSY, {}) == policy.Decision(0, policy.Reason.NO_PEER)
 
 
 @given(
@@ -117,10 +121,11 @@ def test_decide_unreported_instance_keeps_the_request_local():
 def test_decide_requests_decided_without_a_row_never_promise_more_than_the_budget(prompts, rows, used, pinned):
     auto, now, peers = decider(), here(rows=rows, used=used), there(pinned_tokens=pinned)
     for number, length in enumerate(prompts):
-        if auto.decide(str(number), prompt(length), "a", now, peers) is None:
+        if auto.decide(str(number), prompt(length), LIMIT, "a", now, peers) is None:
             break
     waiting = auto.admission.waiting
-    assert sum(waiting.values()) + RESERVE * len(waiting) <= max(now.budget_tokens, 0)
+    budget = now.unclaimed_tokens - RESERVE * rows
+    assert sum(one.tokens for one in waiting.values()) + RESERVE * len(waiting) <= max(budget, 0)
     assert sum(auto.decisions.values()) == len(waiting)
 
 
@@ -132,7 +137,7 @@ def test_admission_any_order_of_events_counts_each_request_once(events):
             admission.gone(rid)
             known.pop(rid, None)
         else:
-            getattr(admission, event)(rid, tokens)
+            admission.placed(rid, tokens) if event == "placed" else admission.decided(rid, tokens, LIMIT)
             known[rid] = tokens
             if event == "placed":
                 assert rid not in admission.waiting
@@ -151,8 +156,8 @@ def test_answered_lengths_raise_what_local_attention_is_expected_to_read():
     for auto in (fresh, experienced):
         for number in range(100):
             auto.admission.placed(f"old{number}", 100)
-    assert fresh.decide("r", prompt(512), "a", young, fleet).split == 0
-    assert experienced.decide("r", prompt(512), "a", young, fleet).split == 512
+    assert fresh.decide("r", prompt(512), LIMIT, "a", young, fleet).split == 0
+    assert experienced.decide("r", prompt(512), LIMIT, "a", young, fleet).split == 512
 
 
 def test_observe_long_waits_slow_the_executors_rate_down():
@@ -180,29 +185,32 @@ def test_decide_prompt_in_decodes_own_tree_needs_no_room_there():
     """Its prefix is locked by running requests, so only the rest takes slots."""
     busy_prefill = there(prefill_load=0.95)
     almost = here(rows=190, used=117_000)
-    assert decider().decide("r", prompt(5000), "a", almost, busy_prefill) is None
+    assert decider().decide("r", prompt(5000), LIMIT, "a", almost, busy_prefill) is None
     auto = decider()
-    decision = auto.decide("r", prompt(5000, local_cached_tokens=4096), "a", almost, busy_prefill)
+    decision = auto.decide("r", prompt(5000, local_cached_tokens=4096), LIMIT, "a", almost, busy_prefill)
     assert decision is not None and decision.split == 0
-    assert auto.admission.waiting == {"r": 904}
+    assert auto.admission.waiting == {"r": Promised(904, LIMIT)}
 
 
 def test_decide_prompts_that_share_slots_are_attended_to_by_each_row():
     """Ten running requests over one prompt: little memory, much to read, so the next one goes remote."""
     auto = decider()
     for number in range(100):
-        auto.admission.decided(f"old{number}", 4096, cached_tokens=4000)
+        auto.admission.decided(f"old{number}", 4096, LIMIT, cached_tokens=4000)
         auto.admission.placed(f"old{number}", 4096)
     assert auto.admission.prompt_tokens == 409_600
     shared = here(rows=100, used=20_000)
-    assert auto.decide("r", prompt(4096, local_cached_tokens=4000), "a", shared, there()).split == 4096
+    assert auto.decide("r", prompt(4096, local_cached_tokens=4000), LIMIT, "a", shared, there()).split == 4096
 
 
 def test_decide_pinned_prefix_takes_no_second_room_at_prefill():
     """The cap is all but reached: a fresh prompt stays here, one whose beginning is pinned there already does not."""
     full = there(pinned_tokens=172_500)
-    assert decider().decide("r", prompt(4096), "a", BUSY, full).split == 0
-    assert decider().decide("r", prompt(4096, shared_tokens=4032, cached_tokens=4032), "a", BUSY, full).split == 4096
+    assert decider().decide("r", prompt(4096), LIMIT, "a", BUSY, full).split == 0
+    assert (
+        decider().decide("r", prompt(4096, shared_tokens=4032, cached_tokens=4032), LIMIT, "a", BUSY, full).split
+        == 4096
+    )
 
 
 @given(

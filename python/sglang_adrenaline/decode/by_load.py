@@ -13,6 +13,7 @@ from sglang_adrenaline import auto_cost, compat, policy
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.decode.auto import Admission, Here, LoadDecider, There
 from sglang_adrenaline.decode.links import Link, Peer
+from sglang_adrenaline.decode.memory import KeptFree
 from sglang_adrenaline.decode.offload import Offload, OffloadState
 from sglang_adrenaline.decode.prefixes import BLOCK_TOKENS, KeptPrefixes, block_names
 from sglang_adrenaline.decode.step_times import LinkTotals, StepTimes
@@ -33,7 +34,6 @@ def make_decider(config: AdrenalineConfig, scheduler: Any, admission: Admission,
         cost,
         settings,
         admission,
-        reserve_tokens=compat.reserved_decode_tokens(scheduler),
         slo_ttft_s=config.slo_ttft_ms / 1e3 if config.slo_ttft_ms is not None else None,
     )
 
@@ -41,13 +41,14 @@ def make_decider(config: AdrenalineConfig, scheduler: Any, admission: Admission,
 class ByLoad:
     """One a decode scheduler with ratio auto."""
 
-    def __init__(self, decider: LoadDecider, scheduler: Any, pool_tokens: int) -> None:
+    def __init__(self, decider: LoadDecider, scheduler: Any, pool_tokens: int, kept_free: KeptFree) -> None:
         self.decider = decider
         self.turns_over = False
         """No further request can be decided in this scheduler loop: the one whose turn it is waits for memory."""
         self.kept = KeptPrefixes()
         self._scheduler = scheduler
         self._pool_tokens = pool_tokens
+        self._kept_free = kept_free
         self._here: Here | None = None
         """As it is in this scheduler loop; None until it is asked for."""
         self._times = StepTimes()
@@ -89,7 +90,8 @@ class ByLoad:
             local_cached_tokens=compat.locked_prefix_len(self._scheduler, offload.req),
         )
         there = prefill_now(offloads, peers, reading=False)
-        decision = self.decider.decide(compat.rid(offload.req), request, link.peer.name, self._here, there)
+        limit = compat.answer_limit(offload.req)
+        decision = self.decider.decide(compat.rid(offload.req), request, limit, link.peer.name, self._here, there)
         self.turns_over = decision is None
         if decision is not None and decision.split:
             offload.shared_tokens = min(shared, decision.split)
@@ -99,7 +101,8 @@ class ByLoad:
     def _decode_now(self) -> Here:
         return Here(
             pool_tokens=self._pool_tokens,
-            budget_tokens=compat.admission_budget(self._scheduler),
+            unclaimed_tokens=compat.unclaimed_tokens(self._scheduler),
+            kept_free=self._kept_free,
             answer_tokens=sum(map(compat.output_len, compat.running_requests(self._scheduler))),
             rows=compat.num_admitted(self._scheduler),
         )

@@ -17,6 +17,9 @@ from sglang_adrenaline.decode.offload import Offload
 from sglang_adrenaline.decode.receiver import GatedReceiver
 from sglang_adrenaline.decode.runtime import DecodeRuntime
 
+LOOK_AHEAD = 32
+"""Hardly more requests are admitted in one scheduler loop."""
+
 
 def make_prealloc_queue(base: type, runtime: DecodeRuntime) -> type:
     """The class that takes the place of `base` (SGLang's DecodePreallocQueue) in the decode scheduler."""
@@ -64,13 +67,24 @@ def make_prealloc_queue(base: type, runtime: DecodeRuntime) -> type:
                 # A local request comes back from a retraction with slots of its own for all its tokens. Upstream would
                 # match it against the tree once more, take the matched part for the tree's and never free those slots.
                 req.last_node = self.tree_cache.root_node_handle()
-            runtime.on_row(req)
+            runtime.on_row(req, own_tokens=compat.prompt_len(req) - (total_prefix_len or 0))
             return slots
 
         def _prealloc_required_tokens(self, req: Any) -> tuple[int, int]:
             full, swa = super()._prealloc_required_tokens(req)
             offload = runtime.of(req)
             return (full - offload.remote_prefix_len if offload is not None else full), swa
+
+        def _active_reserved_tokens(self, n_active: int | None = None, extra_reserved_reqs: int = 0) -> int:
+            if runtime.forecast is None:
+                return super()._active_reserved_tokens(n_active, extra_reserved_reqs)
+            # Upstream adds its constant for the newcomer, whose part is in the forecast already.
+            return runtime.forecast.growth(self._limit_of_next()).tokens - self.num_reserved_decode_tokens
+
+        def _limit_of_next(self) -> int:
+            """Longest of the answers whose turn to be admitted it may be."""
+            waiting = [*self.retracted_queue[:LOOK_AHEAD], *(entry.req for entry in self.queue[:LOOK_AHEAD])]
+            return max(map(compat.answer_limit, waiting), default=0)
 
         def _need_space_for_single_req(self, retractable_tokens: int | None = None) -> int:
             # Upstream counts prompts whole: what an offloaded request may grow to here is its suffix.

@@ -20,7 +20,9 @@ from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.decode import agreement
 from sglang_adrenaline.decode.auto import Admission
 from sglang_adrenaline.decode.by_load import ByLoad, make_decider
+from sglang_adrenaline.decode.forecast import MemoryForecast
 from sglang_adrenaline.decode.links import Address, Link, LinkIndex, Peer
+from sglang_adrenaline.decode.memory import ConstantReserve
 from sglang_adrenaline.decode.offload import Offload, OffloadState, Word
 from sglang_adrenaline.decode.peers import Peers
 from sglang_adrenaline.decode.restarts import RestartedPrefill
@@ -71,6 +73,8 @@ class DecodeRuntime:
         self._admission = Admission()
         self._by_load: ByLoad | None = None
         """With ratio auto."""
+        self.forecast: MemoryForecast | None = None
+        """With admission by forecast."""
 
     # ---- start ------------------------------------------------------------------------------------------------------
 
@@ -86,9 +90,13 @@ class DecodeRuntime:
         self._ratio = ratio = auto_cost.ratio_for(self.config, compat.model_config(scheduler))
         fixed = 0.0 if ratio == "auto" else ratio
         self._settings = policy.Settings(fixed, self.config.min_offload_tokens, pool.page_size)
+        reserve = compat.reserved_decode_tokens(scheduler)
+        if self.config.admission == "forecast":
+            self.forecast = MemoryForecast(pool.tokens, reserve)
         if ratio == "auto" and self._ranks.is_first:
             decider = make_decider(self.config, scheduler, self._admission, pool.page_size)
-            self._by_load = ByLoad(decider, scheduler, pool.tokens)
+            kept_free = self.forecast or ConstantReserve(reserve, lambda: compat.num_admitted(scheduler))
+            self._by_load = ByLoad(decider, scheduler, pool.tokens, kept_free)
         self._shape = local_model_shape(scheduler)
         self._pool = pool
         self._restarted = RestartedPrefill(scheduler)
@@ -232,7 +240,7 @@ class DecodeRuntime:
         offload.link = link
         offload.created_at = time.monotonic()
         self._peers.use(link)
-        self._admission.decided(compat.rid(offload.req), offload.prompt_len - offload.remote_prefix_len)
+        self._will_take(offload, offload.prompt_len - offload.remote_prefix_len)
         link.send(
             messages.Offer(
                 room=offload.room,
@@ -241,6 +249,10 @@ class DecodeRuntime:
                 prompt_digest=compat.prompt_digest(offload.req),
             )
         )
+
+    def _will_take(self, offload: Offload, local_tokens: int) -> None:
+        req = offload.req
+        self._admission.decided(compat.rid(req), local_tokens, compat.answer_limit(req))
 
     def _decline(self, offload: Offload, reason: str) -> None:
         """This rank cannot offload the request, unless an answer came at the last moment."""
@@ -253,8 +265,10 @@ class DecodeRuntime:
         offload = self._offloads.get(room) if room is not None else None
         return offload if offload is not None and offload.req is req and offload.is_remote else None
 
-    def on_row(self, req: Any) -> None:
-        """The request got its row of req_to_token."""
+    def on_row(self, req: Any, own_tokens: int) -> None:
+        """The request got its row of req_to_token; own_tokens: of its prompt, in slots that it got for itself."""
+        if self.forecast is not None:
+            self.forecast.placed(req, own_tokens)
         offload = self.of(req)
         local_tokens = compat.prompt_len(req) - (offload.remote_prefix_len if offload is not None else 0)
         self._admission.placed(compat.rid(req), local_tokens)
@@ -286,6 +300,8 @@ class DecodeRuntime:
 
     def before_release(self, req: Any) -> None:
         """The request's row is about to be freed."""
+        if self.forecast is not None:
+            self.forecast.gone(req)
         offload = self.of(req)
         self.table.clear(compat.rid(req))
         self._admission.gone(compat.rid(req))
@@ -326,6 +342,8 @@ class DecodeRuntime:
 
     def pump(self) -> None:
         """Once a scheduler loop, before the queues are looked at."""
+        if self.forecast is not None:
+            self.forecast.new_loop()
         if compat.no_request_waits_for_a_row(self._scheduler):
             self._admission.nobody_waits()
         if self._by_load is not None:
@@ -357,7 +375,7 @@ class DecodeRuntime:
         if rid not in self._admission.waiting or offload.link is None:  # without an offer it was decided to be local
             return
         if self._by_load is not None:
-            self._admission.decided(rid, offload.prompt_len)
+            self._will_take(offload, offload.prompt_len)
         else:
             self._admission.gone(rid)  # local requests do not count here
 

@@ -11,6 +11,7 @@ instances) has to be agreed between them before it becomes a view or an observat
     feedback.py  what measured steps change: `observe`
     bounds.py    the offload bounds of the paper
     growth.py    how local attention will grow
+    forecast.py  how much memory admitted requests will still take
     sm_share.py  how prefill and executor share a GPU
 """
 
@@ -18,13 +19,16 @@ from sglang_adrenaline.policy.auto import Decision, LoadState, Reason, decide_by
 from sglang_adrenaline.policy.bounds import Bounds, offload_bounds
 from sglang_adrenaline.policy.feedback import Observation, observe
 from sglang_adrenaline.policy.fixed import Settings, State, decide
+from sglang_adrenaline.policy.forecast import HEADROOM, AnswerShares, peak_growth
 from sglang_adrenaline.policy.growth import OutputLengths
 from sglang_adrenaline.policy.sm_share import PrefillLoad, SharePoint, choose_share
 from sglang_adrenaline.policy.views import DecodeView, LoadSettings, PrefillView, Request
 from sglang_adrenaline.policy.wish import WHOLE_PROMPT, requested_prefix_len
 
 __all__ = [
+    "HEADROOM",
     "WHOLE_PROMPT",
+    "AnswerShares",
     "Bounds",
     "Decision",
     "DecodeView",
@@ -44,5 +48,6 @@ __all__ = [
     "decide_by_load",
     "observe",
     "offload_bounds",
+    "peak_growth",
     "requested_prefix_len",
 ]

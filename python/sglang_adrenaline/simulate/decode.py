@@ -1,7 +1,8 @@
 """A decode instance of a PD deployment, stock or with offloading; the decisions are the package's own policy.
 
-Admission is SGLang's: a request is admitted when its tokens here and a reserve for it and for each active request fit;
-only then does its prefill begin. When the pool runs full, the newest requests are retracted and come back later.
+Admission is SGLang's: a request is admitted when its tokens here and what it and all active requests will grow by fit;
+only then does its prefill begin. Stock SGLang takes a constant reserve for the growth of each, ours a forecast of all
+(`policy/forecast.py`). When the pool runs full, the newest requests are retracted and come back later.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from sglang_adrenaline import policy
 from sglang_adrenaline.cost_model import CostModel
 from sglang_adrenaline.decode.step_times import OBSERVE_STEPS
 from sglang_adrenaline.policy.views import pin_room
+from sglang_adrenaline.simulate.admitted import Admitted
 from sglang_adrenaline.simulate.batch import Batch
 from sglang_adrenaline.simulate.prefill import BATCH_TOKENS, Prefill
 from sglang_adrenaline.simulate.trace import Req
@@ -33,6 +35,8 @@ class DecodeRules:
     lanes: int
     reserve_tokens: int = 512
     """SGLang's --num-reserved-decode-tokens."""
+    forecast: bool = False
+    """Admit by forecast."""
     at_arrival: bool = False
     """Decide when a request arrives, before it waits for memory; what the caps refuse then stays local."""
 
@@ -49,6 +53,7 @@ class Decode:
         """Their KV is here; they join at the next boundary."""
         self.used = 0
         self.active = 0
+        self._admitted = Admitted() if rules.forecast else None
         self.local_prompts = 0
         """Prompt tokens here of all admitted requests."""
         self.outputs = policy.OutputLengths()
@@ -76,7 +81,7 @@ class Decode:
         if self.rules.offload is None:
             request.split = 0
         elif self.rules.at_arrival:
-            self._settle(request, *self._decide(request))
+            self._settle(request, *self._decide(request, *self._room(request, 0)))
         self.waiting.append(request)
 
     def admit(self, now: float) -> Iterator[Req]:
@@ -86,13 +91,14 @@ class Decode:
         is short of what the run under way has added by `now`.
         """
         self.now = now
-        grown = self.batch.rows * int((now - self.batch.time) / self.batch.step_s()) if self.batch.planned else 0
+        steps = int((now - self.batch.time) / self.batch.step_s()) if self.batch.planned else 0
         while self.waiting:
             request = self.waiting[0]
+            free, growth = self._room(request, steps)
             undecided = request.split < 0
-            split, state, reason = self._decide(request) if undecided else (request.split, None, "")
+            split, state, reason = self._decide(request, free, growth) if undecided else (request.split, None, "")
             need = request.prompt - split + max(request.produced, 1)
-            if self.used + grown + need + self.rules.reserve_tokens * (self.active + 1) > self.pool and self.active:
+            if need + growth > free and self.active:
                 break
             self.waiting.popleft()
             if undecided:
@@ -101,10 +107,21 @@ class Decode:
             self.active += 1
             self.local_prompts += request.prompt - request.split
             self.coming_local += need
+            if self._admitted is not None:
+                self._admitted.add(request, max(request.produced, 1))
             if request.produced:
                 self._join(request)
             else:
                 yield request
+
+    def _room(self, request: Req, steps: int) -> tuple[int, int]:
+        """(tokens that a newcomer and its growth may take, its growth), `steps` into the run under way."""
+        free = self.pool - self.used - self.batch.rows * steps
+        if self._admitted is None:
+            reserve = self.rules.reserve_tokens
+            return free - reserve * self.active, reserve
+        growth, own = self._admitted.growth(self.batch.step + steps, request, self.rules.reserve_tokens)
+        return free - growth + own - int(policy.HEADROOM * self.pool), own
 
     def prefilled(self, request: Req, now: float) -> bool:
         """The KV that is to be here has come, with the first token; True if that was the last token as well."""
@@ -127,10 +144,10 @@ class Decode:
         if split:
             self.prefills[request.prefill].pin(request, split, self.rules.settings.shared_read)
 
-    def _decide(self, request: Req) -> tuple[int, Any, str]:
-        """(split, next state of the policy, why) for a request."""
+    def _decide(self, request: Req, free: int, growth: int) -> tuple[int, Any, str]:
+        """(split, next state of the policy, why) for a request; free, growth: see `_room`."""
         if self.rules.offload == "auto":
-            return self._decide_by_load(request)
+            return self._decide_by_load(request, free, growth)
         settings = self.rules.settings
         fixed = policy.Settings(float(self.rules.offload or 0.0), settings.min_tokens, settings.page_size)
         split, state = policy.decide(self.state, request.prompt, None, fixed)
@@ -142,10 +159,10 @@ class Decode:
             return 0, state, "refused"
         return split, state, "ratio"
 
-    def _decide_by_load(self, request: Req) -> tuple[int, Any, str]:
+    def _decide_by_load(self, request: Req, free: int, growth: int) -> tuple[int, Any, str]:
         peer = self.prefills[request.prefill]
         shared = peer.cache.pinned_prefix(request.blocks) if request.blocks else 0
-        rows, reserve = self.active, self.rules.reserve_tokens
+        rows = self.active
         local = self.batch.local + self.coming_local
         linear = self.cost.linear_s(rows)
         decision, state = policy.decide_by_load(
@@ -154,14 +171,14 @@ class Decode:
             str(peer.index),
             policy.DecodeView(
                 pool_tokens=self.pool,
-                free_tokens=max(self.pool - self.used - reserve * rows, 0),
+                free_tokens=max(free, 0),
                 local_tokens=local,
                 rows=rows,
                 attention_rate=self.cost.attention_rate,
                 expected_tokens=self.outputs.expected_tokens(local, self.local_prompts, rows),
                 linear_s=linear,
                 linear_row_s=self.cost.linear_s(rows + 1) - linear if rows else 0.0,
-                growth_tokens=reserve,
+                growth_tokens=growth,
             ),
             {str(p.index): self._view(p) for p in self.prefills},
             self.rules.settings,
@@ -213,12 +230,17 @@ class Decode:
         tokens = request.prompt - request.split + request.produced
         self.coming_local -= tokens
         self.batch.add(request, tokens)
+        if self._admitted is not None:
+            self._admitted.runs(request, self.batch.step)
         self._order.append(request)
         if request.split:
             self._reads(request, 1)
 
     def _release(self, request: Req) -> None:
         self.outputs = self.outputs.add(request.output)
+        if self._admitted is not None:
+            self._admitted.remove(request)
+            self._admitted.shares = self._admitted.shares.add(request.output, request.limit)
         self.local_prompts -= request.prompt - request.split
         self.active -= 1
         self.outstanding -= 1
@@ -244,6 +266,8 @@ class Decode:
             self.used -= tokens
             self.local_prompts -= request.prompt - request.split
             self.active -= 1
+            if self._admitted is not None:
+                self._admitted.remove(request)
             if request.split:
                 self._reads(request, -1)
             self.retracted += 1

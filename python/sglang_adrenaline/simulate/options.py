@@ -90,6 +90,12 @@ def parser() -> OneLineParser:
         help="SGLang's --num-reserved-decode-tokens (512)",
     )
     rules.add_argument(
+        "--admission",
+        choices=("forecast", "reserve"),
+        default="forecast",
+        help="how Adrenaline's decode keeps room for answers to come: what all will need at most, or as stock PD does",
+    )
+    rules.add_argument(
         "--new-token-ratio",
         type=number(0, 1),
         default=0.5,

@@ -13,6 +13,8 @@ from sglang_adrenaline.errors import ConfigError
 BLOCK_TOKENS = 512
 """Tokens behind one id of `hash_ids` in Mooncake's traces; ours use the same."""
 MAX_LENGTH = 1 << 21
+USUAL_LIMIT = 4096
+"""max_new_tokens of requests whose clients do not know how long answers become."""
 
 
 class TraceLine(msgspec.Struct):
@@ -29,12 +31,15 @@ class Req:
     """One request: what the trace says and what became of it. Times in seconds."""
 
     __slots__ = (
-        "arrival", "blocks", "cached", "decode", "finish", "first", "output", "prefill", "produced", "prompt", "room",
-        "split", "stamp",
+        "arrival", "blocks", "cached", "decode", "finish", "first", "limit", "output", "prefill", "produced", "prompt",
+        "room", "split", "stamp",
     )  # fmt: skip
 
-    def __init__(self, arrival: float, prompt: int, output: int, blocks: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, arrival: float, prompt: int, output: int, blocks: tuple[int, ...] = (), limit: int = USUAL_LIMIT
+    ) -> None:
         self.arrival, self.prompt, self.output, self.blocks = arrival, prompt, output, blocks
+        self.limit = max(limit, output)  # what servers know of the output's length beforehand
         self.produced = 0
         self.split = -1  # not decided
         self.room = 0  # unshared tokens pinned for it
@@ -80,9 +85,9 @@ def _arrivals(count: int, rate: float | None, rng: np.random.Generator) -> np.nd
 
 
 def fixed_lengths(count: int, rate: float | None, prompt: int, output: int, seed: int) -> list[Req]:
-    """Every request alike."""
+    """Every request alike, with the output's length as its max_new_tokens."""
     rng = np.random.default_rng(seed)
-    return [Req(time, prompt, output) for time in _arrivals(count, rate, rng).tolist()]
+    return [Req(time, prompt, output, limit=output) for time in _arrivals(count, rate, rng).tolist()]
 
 
 def sharegpt_like(count: int, rate: float | None, seed: int) -> list[Req]:
