@@ -26,6 +26,10 @@ class Sample:
     """Time in which the executor's stream waited for q, the first layer of a step excepted."""
     late_launches_total: int
     prefill_load: float
+    prefill_used_tokens: int
+    """Of prefill's pool: not free to a new prompt."""
+    executor_share: float
+    """Of prefill's SMs, left to the executor."""
 
 
 def sample(at: float, decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> Sample:
@@ -42,6 +46,8 @@ def sample(at: float, decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> 
         executor_wait_ms_total=prefill["executor_wait_ms_total"],
         late_launches_total=prefill["late_launches"],
         prefill_load=prefill["prefill_load"],
+        prefill_used_tokens=prefill["tokens"]["pool"] - prefill["tokens"]["free"],
+        executor_share=prefill["executor_share"],
     )
 
 
@@ -85,6 +91,7 @@ def draw(samples: Sequence[Sample], title: str, path: Path) -> None:
     axes[0].set_ylabel("running requests")
     axes[1].plot(at, [s.used_tokens for s in samples], label="on decode")
     axes[1].plot(at, [s.remote_tokens for s in samples], label="on prefill, offloaded")
+    axes[1].plot(at, [s.prefill_used_tokens for s in samples], label="on prefill")
     axes[1].set_ylabel("KV tokens")
     seen = spans(samples)
     for name, label in (
@@ -94,10 +101,10 @@ def draw(samples: Sequence[Sample], title: str, path: Path) -> None:
     ):
         axes[2].plot([s.at for s in seen], [getattr(s, name) for s in seen], label=label)
     axes[2].set_ylabel("ms a step")
-    axes[3].plot(at, [s.prefill_load for s in samples])
-    axes[3].set_ylabel("load of prefill")
+    axes[3].plot(at, [s.prefill_load for s in samples], label="load of prefill")
+    axes[3].plot(at, [s.executor_share for s in samples], label="executor's SMs, share")
     axes[3].set_xlabel("s")
-    for axis in axes[:3]:
+    for axis in axes:
         axis.legend(loc="upper right")
     figure.suptitle(title)
     figure.tight_layout()
