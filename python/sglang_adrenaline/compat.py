@@ -46,6 +46,11 @@ def new_prompt_tokens(req: Req) -> int:
     return max(prompt_len(req) - int(req.cached_tokens), 1)
 
 
+def cached_prompt_tokens(req: Req) -> int:
+    """Prefill: the others."""
+    return prompt_len(req) - new_prompt_tokens(req)
+
+
 def prompt_ids(req: Req) -> Sequence[int]:
     return req.origin_input_ids
 
@@ -352,6 +357,20 @@ def ran_decode_step(scheduler: Scheduler) -> bool:
 def runs_prompts(scheduler: Scheduler) -> bool:
     """Prefill: whether this loop launched a batch or completed one. After a loop's batch was launched."""
     return bool(scheduler.cur_batch_for_debug or scheduler.last_batch)
+
+
+def waiting_prompts(scheduler: Scheduler) -> Sequence[Req]:
+    """Prefill: requests that decode has admitted and whose prompts are not begun."""
+    return scheduler.waiting_queue
+
+
+def begun_prompts(scheduler: Scheduler) -> Sequence[Req]:
+    """Prefill: requests whose prompts are being computed. After a loop's batch was launched."""
+    batch = scheduler.cur_batch_for_debug if overlaps(scheduler) else None  # else its results have been looked at
+    begun = {req.rid: req for req in (batch.reqs if batch else ())}
+    if scheduler.chunked_req is not None:
+        begun[scheduler.chunked_req.rid] = scheduler.chunked_req
+    return list(begun.values())
 
 
 def has_nothing_to_run(scheduler: Scheduler) -> bool:

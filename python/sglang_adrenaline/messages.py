@@ -15,7 +15,7 @@ import msgspec
 from sglang_adrenaline.channel.base import MAX_LANES, ChannelSpec, DType
 from sglang_adrenaline.errors import ControlError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_TEXT = 2000
 
@@ -173,8 +173,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     lanes: Count
     lanes_in_use: Count
     steps: Count = 0
-    prefill_load: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
-    """Share of the time in which prefill has been computing prompts of late."""
+    prefill_load: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
+    """Work of prompts that arrive, in seconds of the device alone per second."""
     executor_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     """Of the device's SMs, set apart for the executor; 0: executor and prefill use all."""
 

@@ -14,7 +14,6 @@ from sglang_adrenaline.decode.prefixes import BLOCK_TOKENS, KeptPrefixes, block_
 from sglang_adrenaline.decode.step_times import OBSERVE_STEPS, PREDICT_EVERY, LinkTotals, Predicted, StepTimes
 from sglang_adrenaline.policy import PrefillLoad
 from sglang_adrenaline.policy.sm_share import MARGIN, predicted_ttft_s
-from sglang_adrenaline.prefill.load_meter import WINDOW_S, LoadMeter
 from sglang_adrenaline.profile_data import datasheet_profile
 
 COST = CostModel(datasheet_profile("H200", LLAMA2_7B))
@@ -273,21 +272,6 @@ def test_step_times_report_each_link_once_a_window():
     (second,) = window(180, 0.4)
     assert (second.steps, second.exposed_wait_s) == (100, 0.0)
     assert window(180, 0.4) == []
-
-
-def test_load_meter_approaches_the_share_of_work_and_forgets():
-    meter = LoadMeter()
-    now = worked_s = 0.0
-    for number in range(4000):
-        now += WINDOW_S / 400
-        worked_s += WINDOW_S / 400 * 0.8  # the executor had the core for the rest
-        meter.tick(now, worked_s, busy=number % 4 == 0)
-    assert meter.load == pytest.approx(0.2, abs=0.02)
-    now += 10 * WINDOW_S
-    meter.tick(now, worked_s + 10 * WINDOW_S, busy=False)
-    assert 0.0 <= meter.load < 1e-4
-    meter.tick(now + 10 * WINDOW_S, worked_s + 20 * WINDOW_S, busy=True)
-    assert meter.load == pytest.approx(1.0, abs=1e-4) and meter.load <= 1.0
 
 
 def test_settings_of_a_request_keep_everything_but_prefills_utilisation():

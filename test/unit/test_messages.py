@@ -36,7 +36,7 @@ def model(**changes) -> messages.ModelShape:
 
 def hello(**changes) -> messages.Hello:
     fields = {
-        "protocol": 1,
+        "protocol": 2,
         "instance": "a" * 32,
         "sglang_version": "0.5.17",
         "model": model(),

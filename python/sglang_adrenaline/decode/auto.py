@@ -56,7 +56,7 @@ class There:
     lanes: int
     lanes_in_use: int
     prefill_load: float
-    """Share of its time that computing prompts takes."""
+    """Of its last report; see `policy.PrefillView`."""
     executor_share: float = WHOLE_DEVICE
     """SMs that are the executor's, as share of the device; WHOLE_DEVICE: shared with prefill."""
 

@@ -1,27 +1,91 @@
-"""How busy prefill has been of late: the share of wall time that went into prompts."""
+"""What prefill reports as its load: work of the prompts that arrived (`policy.prefill_load`), by what they cost here.
+
+    meter = LoadMeter(expected_s)
+    meter.ran(now, worked_s, busy=, alone=)      once a loop of the scheduler
+    meter.computed(new_tokens, cached_tokens)    for each prompt that is done
+    meter.report(now, begun=, waiting=)          now and then; `load` is as of the last time
+
+A prompt's work is what the cost model expects times `slowness`, which is learned: time worked over time expected, while
+nothing but prompts is computed. Knows neither SGLang nor clocks; scheduler thread.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
-WINDOW_S = 2.5
+from sglang_adrenaline.policy.prefill_load import ArrivedWork
+
+LEARN_S = 5.0
+"""So much work forgets what was learned before."""
+LEAP = 4.0
+"""Between two reports `slowness` is believed to have changed by no more than this factor: kernels that are compiled at
+first use are no prompts' work."""
+FRESH_WEIGHT = 0.1
+"""Of the newest prompt in the share of prompt tokens that are not cached."""
 
 
 class LoadMeter:
-    """A running mean that forgets within WINDOW_S. It saturates: 1 says that prefill is full, not by how much."""
+    """`expected_s(new_tokens, cached_tokens)`: what computing a prompt should take on this device alone, seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, expected_s: Callable[[int, int], float]) -> None:
         self.load = 0.0
-        self._at: float | None = None
-        self._worked_s = 0.0
+        self.slowness = 1.0
+        self._expected_s = expected_s
+        self._fresh = 1.0
+        self._arrived = ArrivedWork()
+        self._arrived_s = 0.0
+        """Expected work of all that came until the last report; what is counted from there on is the difference."""
+        self._computed_s = 0.0
+        self._looped_at: float | None = None
+        self._worked_at = 0.0
+        self._begun_s = 0.0
+        """Worked since a prompt was last done."""
+        self._done_s = 0.0
+        """Expected of prompts that were done in this loop."""
+        self._lesson = (0.0, 0.0)
+        """Worked and expected seconds up to the prompt that was last done, since the last report."""
 
-    def tick(self, now: float, worked_s: float, busy: bool) -> None:
-        """Once a loop, at `now` (seconds, monotonic).
+    def ran(self, now: float, worked_s: float, *, busy: bool, alone: bool) -> None:
+        """One loop of the scheduler ended at `now` (seconds, monotonic).
 
         worked_s  time that prefill has worked since it began, on a clock that stands while the executor has its core
         busy      the time since the last call went into prompts
+        alone     and nothing else used the device
         """
-        if self._at is not None and now > self._at:
-            share = min((worked_s - self._worked_s) / (now - self._at), 1.0) if busy else 0.0
-            self.load += (share - self.load) * -math.expm1((self._at - now) / WINDOW_S)
-        self._at, self._worked_s = now, worked_s
+        if self._looped_at is not None and busy:
+            self._begun_s += min(max(worked_s - self._worked_at, 0.0), max(now - self._looped_at, 0.0))
+        if self._done_s > 0.0:
+            self._lesson = (self._lesson[0] + self._begun_s, self._lesson[1] + self._done_s)
+            self._begun_s = self._done_s = 0.0
+        if not alone:
+            self._begun_s, self._lesson = 0.0, (0.0, 0.0)
+        self._looped_at, self._worked_at = now, worked_s
+
+    def computed(self, new_tokens: int, cached_tokens: int) -> None:
+        """A prompt was done in this loop, whose `ran` follows."""
+        expected_s = self._expected_s(new_tokens, cached_tokens)
+        self._computed_s += expected_s
+        self._fresh += FRESH_WEIGHT * (new_tokens / max(new_tokens + cached_tokens, 1) - self._fresh)
+        self._done_s += expected_s
+
+    def report(self, now: float, *, begun: Iterable[tuple[int, int]], waiting: Iterable[int]) -> None:
+        """begun: (new tokens, cached tokens) of prompts that are being computed; waiting: lengths of those that are to
+        be; how much of them is cached is taken to be as with others of late."""
+        self._learn()
+        waiting_s = sum(self._expected_s(*self._parts(length)) for length in waiting)
+        arrived_s = self._computed_s + waiting_s + sum(self._expected_s(*parts) for parts in begun)
+        self._arrived.add(now, self.slowness * (arrived_s - self._arrived_s))
+        self._arrived_s = arrived_s
+        self.load = self._arrived.load(now, self.slowness * waiting_s)
+
+    def _parts(self, length: int) -> tuple[int, int]:
+        new = min(max(math.ceil(self._fresh * length), 1), length)
+        return new, length - new
+
+    def _learn(self) -> None:
+        worked_s, expected_s = self._lesson
+        if worked_s > 0.0 and expected_s > 0.0:
+            told = min(max(worked_s / expected_s, self.slowness / LEAP), self.slowness * LEAP)
+            self.slowness += (told - self.slowness) * -math.expm1(-told * expected_s / LEARN_S)
+        self._lesson = (0.0, 0.0)

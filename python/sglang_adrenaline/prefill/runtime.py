@@ -23,6 +23,7 @@ from sglang_adrenaline.channel import opening
 from sglang_adrenaline.channel.base import ChannelShape
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.control import ControlServer
+from sglang_adrenaline.cost_model import CostModel
 from sglang_adrenaline.errors import ChannelError, ConfigError
 from sglang_adrenaline.keys import load_key_file
 from sglang_adrenaline.model_shape import host_id, local_model_shape
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 1.0
+UNKNOWN_TOKEN_S = 1e-4
+"""For a prompt's token where the cost model does not know the model, until it has been measured."""
 SWITCH_INTERVAL_S = 1e-4
 
 
@@ -75,8 +78,7 @@ class PrefillRuntime:
         self._plans_gone = 0
         self._waited_gone_s = 0.0
         self._lock = threading.Lock()
-        self._stats_sent = 0.0
-        self._load = LoadMeter()
+        self._stats_at = 0.0
 
     # ---- start (scheduler thread) -----------------------------------------------------------------------------------
 
@@ -87,7 +89,9 @@ class PrefillRuntime:
         self._device = compat.device(scheduler)
         opening.check_kind(self.config.channel, self._device.type)
         self._lanes = self.config.lanes_for(self._device.type)
-        self._share_gpu()
+        cost = self._cost_model()
+        self._load = LoadMeter(cost.prefill_s if cost is not None else lambda new, cached: new * UNKNOWN_TOKEN_S)
+        self._share_gpu(cost)
         self._ranks = compat.ranks(scheduler)
         self._pool = compat.pool_shape(scheduler)
         self._layers = [
@@ -114,29 +118,28 @@ class PrefillRuntime:
             heartbeat_timeout=self.config.heartbeat_timeout,
         )
 
-    def _share_gpu(self) -> None:
+    def _cost_model(self) -> CostModel | None:
+        """None for a model that it does not know. Raises ConfigError."""
+        try:
+            model = auto_cost.served_model(compat.model_config(self._scheduler))
+        except ConfigError as error:
+            logger.warning("the executor's share of the GPU does not follow the load: %s", error)
+            return None
+        return auto_cost.for_server(self.config, model, compat.device_name(self._scheduler))
+
+    def _share_gpu(self, cost: CostModel | None) -> None:
         """Raises ConfigError."""
         sms = self.config.executor_sms
         if self._device.type == "cuda":
             from sglang_adrenaline.prefill.gpu_sharing import GpuSharing
 
             self.gpu = GpuSharing(self._scheduler, self._device.index, None if sms == "auto" else sms)
-            self._share_control = self._control_shares(self.gpu.shares)
+            if cost is not None and len(self.gpu.shares) > 1:
+                slo_ms = self.config.slo_ttft_ms
+                slo_s = slo_ms / 1e3 if slo_ms is not None else None
+                self._share_control = ShareControl(points_at(cost, self.gpu.shares), slo_s)
         elif sms != "auto" and sms > 0:
             raise ConfigError("--adrenaline-executor-sms needs a GPU")
-
-    def _control_shares(self, shares: tuple[float, ...]) -> ShareControl | None:
-        """Where there are shares to choose from, and a cost model to choose by. Raises ConfigError."""
-        if len(shares) < 2:
-            return None
-        try:
-            model = auto_cost.served_model(compat.model_config(self._scheduler))
-        except ConfigError as error:
-            logger.warning("the executor's share of the SMs stays as it is: %s", error)
-            return None
-        cost = auto_cost.for_server(self.config, model, compat.device_name(self._scheduler))
-        slo_ms = self.config.slo_ttft_ms
-        return ShareControl(points_at(cost, shares), slo_ms / 1e3 if slo_ms is not None else None)
 
     def _warm_up(self) -> None:
         """Raises ConfigError on a model that the executor cannot serve."""
@@ -269,8 +272,10 @@ class PrefillRuntime:
 
         Decode sees the transfer succeed only after this, so it never meets a request that the executor does not know.
         """
+        new_tokens = compat.new_prompt_tokens(req)
+        self._load.computed(new_tokens, compat.cached_prompt_tokens(req))
         if self._share_control is not None:
-            self._share_control.computed(time.monotonic(), compat.new_prompt_tokens(req))
+            self._share_control.computed(time.monotonic(), new_tokens)
         room = compat.room(req)
         if self.pins is None or room is None:
             return
@@ -305,13 +310,27 @@ class PrefillRuntime:
                 self._waited_gone_s += session.executor.waited_s
                 del self._executors[key]
         now = time.monotonic()
-        # On a CPU the executor's thread may have this thread's core; a GPU's own time is not known here.
-        worked_s = time.thread_time() if self._device.type == "cpu" else now
-        self._load.tick(now, worked_s, compat.runs_prompts(self._scheduler))
-        if self._sessions and now - self._stats_sent > STATS_INTERVAL_S:
-            self._stats_sent = now
+        self._measure_load(now)
+        if now - self._stats_at > STATS_INTERVAL_S:
+            self._stats_at = now
+            self._report_load(now)
             for session in list(self._sessions.values()):
                 self._send(session.peer, self._stats(session))
+
+    def _measure_load(self, now: float) -> None:
+        """On a CPU the executor's thread may have this thread's core, and the clock stands; a GPU's own time is not
+        known here, so it is asked only while the executor has nothing to do."""
+        on_cpu = self._device.type == "cpu"
+        worked_s = time.thread_time() if on_cpu else now
+        alone = on_cpu or not self.keeps_prefixes
+        self._load.ran(now, worked_s, busy=compat.runs_prompts(self._scheduler), alone=alone)
+
+    def _report_load(self, now: float) -> None:
+        begun = [
+            (compat.new_prompt_tokens(req), compat.cached_prompt_tokens(req))
+            for req in compat.begun_prompts(self._scheduler)
+        ]
+        self._load.report(now, begun=begun, waiting=map(compat.prompt_len, compat.waiting_prompts(self._scheduler)))
 
     def _unpin(self, pin: Pin) -> None:
         assert self.pins is not None
@@ -331,7 +350,7 @@ class PrefillRuntime:
             lanes=session.lanes,
             lanes_in_use=self.pins.lanes_in_use(session.key),
             steps=session.executor.steps_done,
-            prefill_load=min(max(self._load.load, 0.0), 1.0),
+            prefill_load=self._load.load,
             executor_share=self.executor_share,
         )
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 
 from sglang_adrenaline.cost_model import WHOLE_DEVICE, CostModel
+from sglang_adrenaline.policy.prefill_load import ArrivedWork
 from sglang_adrenaline.simulate.trace import BLOCK_TOKENS, Req
 
-LOAD_WINDOW_S = 10.0
-PATIENCE_S = 2.0
-"""A queue as long as this is a passing burst, not too much load."""
 BATCH_TOKENS = 8192
 """SGLang's chunk of prefill: prompts up to so many tokens share a batch."""
 
@@ -76,8 +73,7 @@ class Prefill:
         self.free_at = 0.0
         self.busy_s = 0.0
         self._batch_tokens = BATCH_TOKENS
-        self._work_s = 0.0
-        self._work_at = 0.0
+        self._arrived = ArrivedWork()
         figures = cost.share_figures(share) if share != WHOLE_DEVICE else None
         self.told_rate = figures.attention_bytes_s / cost.kv_token_bytes if figures else cost.attention_rate
         self.rate = self.told_rate * rate_error
@@ -94,8 +90,7 @@ class Prefill:
             service += self.cost.profile.prefill_fixed_s
             self._batch_tokens = 0
         self._batch_tokens += new
-        self._work_s = self._recent_work_s(now) + service
-        self._work_at = now
+        self._arrived.add(now, service)
         service /= self._speed()
         start = max(now, self.free_at)
         self.free_at = start + service
@@ -105,15 +100,11 @@ class Prefill:
             self.cache.insert(request.blocks, self.pool_tokens - unshared)
         return self.free_at
 
-    def _recent_work_s(self, now: float) -> float:
-        return self._work_s * math.exp(min(self._work_at - now, 0.0) / LOAD_WINDOW_S)
-
     def load(self, now: float) -> float:
-        """Work that came per second of late or waits for long, in seconds of the device alone; 0 with divided SMs."""
+        """`PrefillView.prefill_load`: 0 with divided SMs."""
         if self._factor is not None:
             return 0.0
-        waiting_s = max(self.free_at - now - PATIENCE_S, 0.0) * self._speed()
-        return (self._recent_work_s(now) + waiting_s) / LOAD_WINDOW_S
+        return self._arrived.load(now, self.free_at - now, self._speed())
 
     @property
     def read_tokens(self) -> float:
