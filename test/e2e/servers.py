@@ -22,7 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -291,6 +291,24 @@ def adrenaline(
     decode = _server("decode", module, model, logs, of_decode, {}, host=decode_host)
     router = _router(prefill, bootstrap_port, decode, logs)
     return Group({"prefill": prefill, "decode": decode, "router": router}, front="router")
+
+
+def add_decode(group: Group, name: str, adrenaline_args: Sequence[str]) -> None:
+    """One more decode server to a group that `adrenaline` made and that is not started: like the first, with further
+    flags, behind a router of its own, `router-{name}`."""
+    decode = _like(group.servers["decode"], name)
+    decode.command += adrenaline_args
+    router = _like(group.servers["router"], f"router-{name}")
+    router.command[router.command.index("--decode") + 1] = decode.url
+    group.servers |= {name: decode, router.name: router}
+
+
+def _like(server: Server, name: str) -> Server:
+    """Of the same command, at another port."""
+    port = free_ports(1)[0]
+    command = list(server.command)
+    command[command.index("--port") + 1] = str(port)
+    return replace(server, name=name, command=command, port=port, log=server.log.with_name(f"{name}.log"))
 
 
 def launcher(
