@@ -47,6 +47,8 @@ tvm::ffi::String layout() {
   ADRENALINE_FIELD(Endpoint, arrivals);
   ADRENALINE_FIELD(Endpoint, wait_ns);
   ADRENALINE_FIELD(Endpoint, waits);
+  ADRENALINE_FIELD(Endpoint, work_from_ns);
+  ADRENALINE_FIELD(Endpoint, work_ns);
   ADRENALINE_FIELD(HostControl, abort);
   ADRENALINE_FIELD(HostControl, wait_limit_ns);
   ADRENALINE_FIELD(HostControl, open_limit_ns);
@@ -58,6 +60,7 @@ tvm::ffi::String layout() {
   ADRENALINE_FIELD(HostStatus, launches);
   ADRENALINE_FIELD(HostStatus, wait_ns);
   ADRENALINE_FIELD(HostStatus, waits);
+  ADRENALINE_FIELD(HostStatus, work_ns);
 #undef ADRENALINE_FIELD
   return tvm::ffi::String(text.str());
 }

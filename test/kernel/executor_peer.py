@@ -97,6 +97,8 @@ class Prefill:
         return {
             "plans": self.executor.plans if self.executor else 0,
             "steps_done": self.executor.steps_done if self.executor else 0,
+            "read_tokens": self.executor.read_tokens if self.executor else 0,
+            "busy_s": self.executor.busy_s if self.executor else 0.0,
             "failures": self.failures,
             "allocated": torch.cuda.memory_allocated(self.device),
             "load_error": self.load_error,

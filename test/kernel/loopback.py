@@ -9,6 +9,7 @@ import torch
 
 from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoint, descriptor
 from sglang_adrenaline.channel.ipc_memory import DeviceBuffer, HostWords
+from sglang_adrenaline.channel.ipc_words import Endpoint
 
 FLAG_BYTES = 256
 
@@ -72,8 +73,9 @@ class Loopback:
 
     def words(self, endpoint: IpcEndpoint) -> dict[str, int]:
         """What the kernels wrote into an endpoint."""
-        names = ("step", "open", "launches", "error", "arrivals", "wait_ns", "waits")
-        return dict(zip(names, endpoint.words.tolist()[16:23], strict=True))
+        words = Endpoint.from_buffer_copy(endpoint.words.cpu().numpy())
+        names = ("step", "open", "launches", "error", "arrivals", "wait_ns", "waits", "work_ns")
+        return {name: getattr(words, name) for name in names}
 
     def close(self) -> None:
         self.decode_host.control.abort = self.executor_host.control.abort = 1

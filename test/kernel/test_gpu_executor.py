@@ -182,6 +182,8 @@ def test_steps_without_a_change_are_not_planned_again(decode, peer):
         session.step(list(range(9, -1, -1)))
     status = peer.ask("status")
     assert status["plans"] == plans and status["steps_done"] == 21
+    assert status["read_tokens"] == 21 * sum(100 * lane + 1 for lane in range(10))
+    assert 0 < status["busy_s"] < 21 * 0.1 and session.end.local_span_s > 0
 
 
 def test_steps_that_are_queued_are_each_right(decode):

@@ -53,7 +53,7 @@ def test_put_queries_rows_land_at_their_lanes(loop, dtype, heads, head_dim, batc
         assert torch.equal(channel.q[layer], expected)
     assert channel.q_flag.item() == 1 * channel.num_layers + 1
     assert channel.words(channel.decode) == {
-        "step": 1, "open": 1, "launches": 0, "error": 0, "arrivals": 0, "wait_ns": 0, "waits": 0
+        "step": 1, "open": 1, "launches": 0, "error": 0, "arrivals": 0, "wait_ns": 0, "waits": 0, "work_ns": 0
     }  # fmt: skip
 
 

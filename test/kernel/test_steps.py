@@ -228,6 +228,50 @@ def late_answer_wait_ns(rows: int) -> int:
         channel.close()
 
 
+def test_work_between_the_kernels_of_a_layer_is_measured_on_both_ends():
+    """The executor takes three times as long as decode, which then waits for what is missing."""
+    cycles, layers = 400_000, 4
+    channel = Loopback(num_layers=layers)
+    try:
+        _raise_clocks()
+        torch.cuda._sleep(1)
+        q = torch.randn(2, channel.num_heads, channel.head_dim, device="cuda").to(channel.dtype)
+        o, lse = q.clone(), torch.zeros(2, channel.num_heads, device="cuda")
+        local_lse = lse.clone()
+        rows, lanes = index([0, 1]), index([3, 1])
+        torch.cuda.synchronize()
+        for _ in range(2):  # the first time loads kernels
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            work = [channel.words(end)["work_ns"] for end in (channel.decode, channel.executor)]
+            with torch.cuda.stream(channel.executor_stream):
+                for layer in range(layers):
+                    words = channel.executor.words
+                    kernels.wait_layer(words, layer) if layer else kernels.wait_step(words)
+                    torch.cuda._sleep(3 * cycles)
+                    kernels.put_answers(words, q, lse, layer, lanes)
+            with torch.cuda.stream(channel.decode_stream):
+                for layer in range(layers):
+                    kernels.put_queries(channel.decode.words, q, rows, lanes, layer)
+                    before.record()
+                    torch.cuda._sleep(cycles)
+                    after.record()
+                    kernels.wait_and_merge_(channel.decode.words, o, local_lse, rows, lanes, layer)
+            assert finishes(channel.decode_stream, 5.0) and finishes(channel.executor_stream, 5.0)
+            spent_s = before.elapsed_time(after) * 1e-3 * layers
+        ends = (channel.decode, channel.executor)
+        local, busy = (channel.words(end)["work_ns"] * 1e-9 - was * 1e-9 for end, was in zip(ends, work, strict=True))
+        waited = channel.words(channel.decode)["wait_ns"] * 1e-9
+        print(f"measured: {spent_s=:.6f} {local=:.6f} {busy=:.6f} {waited=:.6f}")
+        slack = layers * 30e-6
+        assert spent_s * 0.9 < local < spent_s * 1.1 + slack
+        assert 3 * spent_s * 0.9 < busy < 3 * spent_s * 1.1 + slack
+        assert waited > 1.5 * spent_s
+        for host, words in ((channel.decode_host, channel.decode), (channel.executor_host, channel.executor)):
+            assert host.status.work_ns == channel.words(words)["work_ns"], "published with the last layer"
+    finally:
+        channel.close()
+
+
 def _raise_clocks() -> None:
     """An idle GPU counts its cycles at a sixth of the speed."""
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)

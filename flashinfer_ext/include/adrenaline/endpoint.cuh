@@ -31,8 +31,9 @@ struct HostStatus {
   uint64_t steps_opened; // newest step that began on this end
   uint64_t steps_done;   // newest step whose last layer passed
   uint64_t launches;     // waits for a step that are over
-  uint64_t wait_ns;      // totals of the words below
+  uint64_t wait_ns;      // totals of the words below, once a step
   uint64_t waits;
+  uint64_t work_ns;
 };
 
 struct alignas(128) Endpoint {
@@ -61,7 +62,9 @@ struct alignas(128) Endpoint {
   uint64_t arrivals;          // blocks of the running put that are done: atomics at GPU scope, reset by the last one
   uint64_t wait_ns;           // time spent waiting for layers
   uint64_t waits;             // number of such waits
-  uint64_t reserved_too[9];
+  uint64_t work_from_ns;      // when the work of the layer under way began, see `begin_work`
+  uint64_t work_ns;           // time of such work, over all layers
+  uint64_t reserved_too[7];
 };
 static_assert(sizeof(Endpoint) == 256);
 
@@ -96,6 +99,12 @@ __device__ __forceinline__ uint64_t global_timer_ns() {
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(v)::"memory");
   return v;
 }
+
+// What an end does between its two kernels of a layer is its work: decode's local attention, between the put and the
+// merge's wait, and the executor's attention, between the wait and the put. Called by one thread of either kernel.
+__device__ __forceinline__ void begin_work(Endpoint& e) { e.work_from_ns = global_timer_ns(); }
+
+__device__ __forceinline__ void end_work(Endpoint& e) { e.work_ns += global_timer_ns() - e.work_from_ns; }
 
 __device__ __forceinline__ bool usable(const Endpoint& e) {
   return e.connected != 0 && load_relaxed_sys(&e.error) == kNoError;

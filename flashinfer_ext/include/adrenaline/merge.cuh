@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(kMergeThreads) wait_and_merge_kernel(const Mer
           p.layer >= e.num_layers) {
         fail(e, kShape, call);
       } else {
+        if (keeper) end_work(e);
         uint64_t waited_ns;
         ready = wait_for_call(e, call, keeper, waited_ns);
         if (keeper) {
@@ -91,6 +92,7 @@ __global__ void __launch_bounds__(kMergeThreads) wait_and_merge_kernel(const Mer
           if (ready && p.layer == e.num_layers - 1) {
             store_relaxed_sys(&status->wait_ns, e.wait_ns);
             store_relaxed_sys(&status->waits, e.waits);
+            store_relaxed_sys(&status->work_ns, e.work_ns);
             store_relaxed_sys(&status->steps_done, e.step);
           }
         }

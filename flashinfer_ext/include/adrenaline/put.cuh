@@ -81,8 +81,15 @@ __global__ void __launch_bounds__(kPutThreads) put_kernel(const PutParams p) {
     e.step = step;
     e.open = 1;
     store_relaxed_sys(&status->steps_opened, step);
-  } else if (p.src_lse != nullptr && p.layer == e.num_layers - 1) { // the executor's last answer
-    store_relaxed_sys(&status->steps_done, step);
+  }
+  if (p.src_lse == nullptr) { // decode
+    begin_work(e);
+  } else {
+    end_work(e);
+    if (p.layer == e.num_layers - 1) {
+      store_relaxed_sys(&status->work_ns, e.work_ns);
+      store_relaxed_sys(&status->steps_done, step);
+    }
   }
 }
 

@@ -33,6 +33,7 @@ __device__ __forceinline__ void wait_for_step(Endpoint& e) {
   if (came) {
     e.step += 1;
     store_relaxed_sys(&status->steps_opened, e.step);
+    begin_work(e);
   }
   fence_sys(); // a host that sees the launch over sees whether it opened a step
   store_relaxed_sys(&status->launches, launch);
@@ -47,6 +48,8 @@ __global__ void __launch_bounds__(32) wait_kernel(Endpoint* endpoint, uint32_t l
   } else if (opens) {
     wait_for_step(e);
   } else if (e.open != 0) {
+    const bool is_decode = e.own_lse != 0;
+    if (is_decode) end_work(e);
     uint64_t waited_ns;
     const bool came = wait_for_call(e, e.step * e.num_layers + layer, true, waited_ns);
     e.wait_ns += waited_ns;
@@ -55,8 +58,12 @@ __global__ void __launch_bounds__(32) wait_kernel(Endpoint* endpoint, uint32_t l
     if (layer + 1 == e.num_layers) {
       store_relaxed_sys(&status->wait_ns, e.wait_ns);
       store_relaxed_sys(&status->waits, e.waits);
-      if (came && e.own_lse != 0) store_relaxed_sys(&status->steps_done, e.step); // decode's end of a step
+      if (is_decode) {
+        store_relaxed_sys(&status->work_ns, e.work_ns);
+        if (came) store_relaxed_sys(&status->steps_done, e.step);
+      }
     }
+    if (!is_decode) begin_work(e);
   }
 }
 

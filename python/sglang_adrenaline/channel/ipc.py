@@ -181,6 +181,11 @@ class IpcDecodeEnd(IpcEnd):
         return self._host.status.wait_ns * 1e-9
 
     @property
+    def local_span_s(self) -> float:
+        """See `base.DecodeEnd`. Of the steps that are done, as the GPU measured it."""
+        return self._host.status.work_ns * 1e-9
+
+    @property
     def waits(self) -> int:
         """How many waits that time is the sum of."""
         return self._host.status.waits
@@ -296,6 +301,11 @@ class IpcExecutorEnd(IpcEnd):
     def waited_s(self) -> float:
         """For the queries of steps that are done, their first layers excepted, as the GPU measured it."""
         return self._host.status.wait_ns * 1e-9
+
+    @property
+    def busy_s(self) -> float:
+        """From the arrival of queries to their answers, over all layers of the steps that are done, likewise."""
+        return self._host.status.work_ns * 1e-9
 
     def wait_call(self, timeout_s: float) -> Call | None:
         """As in `base`, but returns when the call can be enqueued for: its q is complete when the stream gets there."""

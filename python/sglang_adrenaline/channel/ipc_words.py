@@ -44,8 +44,21 @@ class Endpoint(ctypes.Structure):
             )
         ),
         ("reserved", _U64 * 2),
-        *((name, _U64) for name in ("step", "open", "launches", "error", "arrivals", "wait_ns", "waits")),
-        ("reserved_too", _U64 * 9),
+        *(
+            (name, _U64)
+            for name in (
+                "step",
+                "open",
+                "launches",
+                "error",
+                "arrivals",
+                "wait_ns",
+                "waits",
+                "work_from_ns",
+                "work_ns",
+            )
+        ),
+        ("reserved_too", _U64 * 7),
     )
 
 
@@ -62,7 +75,8 @@ class HostStatus(ctypes.Structure):
     """Mapped host memory, written by the kernels."""
 
     _fields_ = tuple(
-        (name, _U64) for name in ("error", "error_call", "steps_opened", "steps_done", "launches", "wait_ns", "waits")
+        (name, _U64)
+        for name in ("error", "error_call", "steps_opened", "steps_done", "launches", "wait_ns", "waits", "work_ns")
     )
 
 

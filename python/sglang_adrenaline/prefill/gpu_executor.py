@@ -154,6 +154,8 @@ class GpuExecutor:
         """After these the slots that came since the last plan are there."""
         self._changed = True
         self._plans = 0
+        self._planned_tokens = 0
+        self._read_tokens = 0
         self._lag = LaunchLag()
         self._stopping = False
         self._drained = True
@@ -255,6 +257,7 @@ class GpuExecutor:
                 planned_s = self._end.since_announced_s(step)
                 self._end.launching()
                 self._graphs.launch(bucket)
+                self._read_tokens += self._planned_tokens
                 self._lag.add(step, woken_s, planned_s, self._end.since_announced_s(step))
 
     @property
@@ -269,6 +272,16 @@ class GpuExecutor:
     def waited_s(self) -> float:
         return self._end.waited_s
 
+    @property
+    def busy_s(self) -> float:
+        """See `AttentionExecutor`: as the GPU measured it, of the steps that are done."""
+        return self._end.busy_s
+
+    @property
+    def read_tokens(self) -> int:
+        """See `AttentionExecutor`: of the steps that were launched."""
+        return self._read_tokens
+
     def _plan(self, lanes: frozenset[int]) -> int:
         """For the lanes of a step, with the slots that they have now; returns the bucket."""
         assert self._graphs is not None and self._stream is not None
@@ -278,7 +291,8 @@ class GpuExecutor:
             arriving, self._arriving = self._arriving, []
         for ready in arriving:
             self._stream.wait_event(ready)
-        total = sum(tensor.numel() for tensor in slots.values()) + self._end.shape.lanes
+        self._planned_tokens = sum(tensor.numel() for tensor in slots.values())
+        total = self._planned_tokens + self._end.shape.lanes
         if total > self._graphs.attention.capacity:  # prefixes that share slots may outgrow the pool
             self._grow(2 * total)
         self._plans += 1
