@@ -28,7 +28,7 @@ from sglang_adrenaline.profiling import round_trip
 def decode(spec: ChannelSpec, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     end = opening.open_decode_end(
-        spec, device=None, endpoint=None, wait_timeout=30.0, expected=spec.shape, peer="executor"
+        spec, device=None, endpoints=None, wait_timeout=30.0, expected=spec.shape, peer="executor"
     )
     q = torch.randn(args.rows, args.heads, args.head_dim)
     lanes = list(range(args.rows))

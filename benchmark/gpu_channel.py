@@ -114,7 +114,7 @@ class Decode:
         with torch.cuda.stream(self.stream):
             for _ in range(self.replays + 5):
                 if begins:
-                    self.end.begin_step()
+                    self.end.begin_step(range(self.q.shape[1]))
                 before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 before.record()
                 graph.replay()

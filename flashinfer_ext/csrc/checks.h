@@ -51,11 +51,14 @@ inline void check_rows(const char* name, TensorView t, DLDevice device) {
   ADRENALINE_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name << ": not on a 16-byte boundary");
 }
 
-inline Endpoint* check_endpoint(TensorView t) {
+// As many endpoints as the tensor holds, at most `most`; their number goes to `num_links`.
+inline Endpoint* check_endpoints(TensorView t, uint32_t& num_links, uint32_t most = kMaxLinks) {
+  constexpr int64_t kWords = sizeof(Endpoint) / 8;
   ADRENALINE_CHECK(t.device().device_type == kDLCUDA, "endpoint: not a CUDA tensor");
   check_dense("endpoint", t, 1, kInt64, t.device());
-  ADRENALINE_CHECK(t.size(0) * 8 == static_cast<int64_t>(sizeof(Endpoint)),
-                   "endpoint: expected " << sizeof(Endpoint) / 8 << " words, got " << t.size(0));
+  ADRENALINE_CHECK(t.size(0) % kWords == 0 && t.size(0) >= kWords && t.size(0) <= kWords * most,
+                   "endpoint: expected 1 to " << most << " times " << kWords << " words, got " << t.size(0));
+  num_links = static_cast<uint32_t>(t.size(0) / kWords);
   return static_cast<Endpoint*>(t.data_ptr());
 }
 

@@ -1,8 +1,6 @@
 // Launcher of wait_and_merge_kernel.
 #include "adrenaline/merge.cuh"
 
-#include <algorithm>
-
 #include "checks.h"
 
 namespace adrenaline {
@@ -10,7 +8,7 @@ namespace adrenaline {
 template <typename T2, int kHeadDim>
 void launch(const MergeParams& p, DLDevice device) {
   constexpr uint32_t kBlockHeads = kMergeThreads / (kHeadDim / kMergeVec);
-  const dim3 grid(std::max(p.num_rows, 1u), (p.num_heads + kBlockHeads - 1) / kBlockHeads);
+  const dim3 grid(p.num_links + p.num_rows, (p.num_heads + kBlockHeads - 1) / kBlockHeads);
   wait_and_merge_kernel<T2, kHeadDim><<<grid, kMergeThreads, 0, current_stream(device)>>>(p);
   TVM_FFI_CHECK_CUDA_ERROR(cudaGetLastError());
 }
@@ -29,12 +27,12 @@ void launch(const MergeParams& p, int64_t head_dim, DLDevice device) {
   }
 }
 
-// o [batch, heads, head_dim] 16-bit and lse float32 [batch, heads], both in place; rows, lanes int32 [num_rows].
-void wait_and_merge(TensorView endpoint, TensorView o, TensorView lse, TensorView rows, TensorView lanes,
+// o [batch, heads, head_dim] 16-bit and lse float32 [batch, heads], both in place; rows, places int32 [num_rows].
+void wait_and_merge(TensorView endpoints, TensorView o, TensorView lse, TensorView rows, TensorView places,
                     int64_t layer) {
-  const DLDevice device = endpoint.device();
+  const DLDevice device = endpoints.device();
   MergeParams p = {};
-  p.endpoint = check_endpoint(endpoint);
+  p.endpoints = check_endpoints(endpoints, p.num_links);
   check_rows("o", o, device);
   check_dense("lse", lse, 2, kFloat32, device);
   ADRENALINE_CHECK(lse.size(0) == o.size(0) && lse.size(1) == o.size(1),
@@ -42,7 +40,7 @@ void wait_and_merge(TensorView endpoint, TensorView o, TensorView lse, TensorVie
                                      << lse.size(1) << "]");
   p.num_rows = static_cast<uint32_t>(rows.size(0));
   p.rows = check_index("rows", rows, p.num_rows, device);
-  p.lanes = check_index("lanes", lanes, p.num_rows, device);
+  p.places = check_index("places", places, p.num_rows, device);
   p.o = o.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
   p.o_stride = o.stride(0);

@@ -11,7 +11,8 @@
 namespace adrenaline {
 
 void launch_wait(TensorView endpoint, uint32_t layer, uint32_t opens) {
-  Endpoint* e = check_endpoint(endpoint);
+  uint32_t one;
+  Endpoint* e = check_endpoints(endpoint, one, 1);
   const DLDevice device = endpoint.device();
   const tvm::ffi::CUDADeviceGuard guard(device.device_id);
   wait_kernel<<<1, 32, 0, current_stream(device)>>>(e, layer, opens);
@@ -22,7 +23,7 @@ void wait_step(TensorView endpoint) { launch_wait(endpoint, 0, 1); }
 
 void wait_layer(TensorView endpoint, int64_t layer) { launch_wait(endpoint, check_layer(layer), 0); }
 
-// "Endpoint.step:128 ...": byte offsets, which kernels.py compares with what Python writes.
+// "Endpoint.step:128 ...": byte offsets and how places are made, which kernels.py compares with what Python writes.
 tvm::ffi::String layout() {
   std::ostringstream text;
 #define ADRENALINE_FIELD(type, field) text << #type "." #field ":" << offsetof(type, field) << ' '
@@ -49,6 +50,7 @@ tvm::ffi::String layout() {
   ADRENALINE_FIELD(Endpoint, waits);
   ADRENALINE_FIELD(Endpoint, work_from_ns);
   ADRENALINE_FIELD(Endpoint, work_ns);
+  ADRENALINE_FIELD(Endpoint, joins);
   ADRENALINE_FIELD(HostControl, abort);
   ADRENALINE_FIELD(HostControl, wait_limit_ns);
   ADRENALINE_FIELD(HostControl, open_limit_ns);
@@ -62,6 +64,7 @@ tvm::ffi::String layout() {
   ADRENALINE_FIELD(HostStatus, waits);
   ADRENALINE_FIELD(HostStatus, work_ns);
 #undef ADRENALINE_FIELD
+  text << "lane_bits:" << kLaneBits << ' ';
   return tvm::ffi::String(text.str());
 }
 

@@ -34,18 +34,19 @@ _ARCH_ENV = "TVM_FFI_CUDA_ARCH_LIST"
 _SOURCES = ("put.cu", "wait.cu", "merge.cu")
 
 
-def put_queries(endpoint: Tensor, q: Tensor, rows: Tensor, lanes: Tensor, layer: int) -> None:
-    """Store rows of q at their lanes of the executor's buffer, then raise its flag. Layer 0 begins a step.
+def put_queries(endpoints: Tensor, q: Tensor, rows: Tensor, places: Tensor, layer: int) -> None:
+    """Store rows of q at their places in the executors' buffers, then raise the flags. Layer 0 begins a step.
 
-    endpoint  [ENDPOINT_WORDS]                  int64, CUDA
-    q         [batch, num_qo_heads, head_dim]   fp16/bf16; heads of a row dense, rows at any stride, 16-byte aligned
-    rows      [n]                               int32, row of q; negative or beyond the batch = skip
-    lanes     [n]                               int32, distinct; negative or beyond the channel's lanes = skip
+    endpoints  [links * ENDPOINT_WORDS]          int64, CUDA; the places' links, or one endpoint with lanes as places
+    q          [batch, num_qo_heads, head_dim]   fp16/bf16; heads of a row dense, rows at any stride, 16-byte aligned
+    rows       [n]                               int32, row of q; negative or beyond the batch = skip
+    places     [n]                               int32, distinct; negative or beyond links or lanes = skip
 
-    Does nothing while the endpoint is unbound or failed. Raises ValueError on shape, dtype, device or alignment; a
-    row of another size than the channel's fails the endpoint. Source: csrc/put.cu.
+    A link takes part in the step if layer 0 had a row for it, and is left alone otherwise, as it is while its endpoint
+    is unbound or failed. Raises ValueError on shape, dtype, device or alignment; a row of another size than the
+    channel's fails its endpoint. Source: csrc/put.cu.
     """
-    module().put_queries(endpoint, q, rows, lanes, layer)
+    module().put_queries(endpoints, q, rows, places, layer)
 
 
 def put_answers(endpoint: Tensor, o: Tensor, lse: Tensor, layer: int, lanes: Tensor | None = None) -> None:
@@ -76,38 +77,40 @@ def wait_layer(endpoint: Tensor, layer: int) -> None:
     module().wait_layer(endpoint, layer)
 
 
-def wait_and_merge_(endpoint: Tensor, o: Tensor, lse: Tensor, rows: Tensor, lanes: Tensor, layer: int) -> None:
-    """Wait for the executor's answer and merge it into `rows` of (o, lse), in place.
+def wait_and_merge_(endpoints: Tensor, o: Tensor, lse: Tensor, rows: Tensor, places: Tensor, layer: int) -> None:
+    """Wait for the executors' answers and merge them into `rows` of (o, lse), in place.
 
-    o      [batch, num_qo_heads, head_dim]  fp16/bf16, head_dim 64, 128 or 256; strides as for `put_queries`
-    lse    [batch, num_qo_heads]            float32, base 2, contiguous
-    rows   [n]                              int32, distinct; negative or beyond the batch = skip
-    lanes  [n]                              int32; negative or beyond the channel's lanes = skip
+    o       [batch, num_qo_heads, head_dim]  fp16/bf16, head_dim 64, 128 or 256; strides as for `put_queries`
+    lse     [batch, num_qo_heads]            float32, base 2, contiguous
+    rows    [n]                              int32, distinct; negative or beyond the batch = skip
+    places  [n]                              int32; as for `put_queries`
 
-    Rows stay as they are where the answer is empty (lse -inf) and when the wait fails. Otherwise as `put_queries`.
-    Source: csrc/merge.cu; reference: attention.merge.merge_rows_.
+    A row waits for its own link, the kernel for all that take part in the step. Rows stay as they are where the answer
+    is empty (lse -inf) and where the wait fails. Otherwise as `put_queries`. Source: csrc/merge.cu; reference:
+    attention.merge.merge_rows_.
     """
-    module().wait_and_merge(endpoint, o, lse, rows, lanes, layer)
+    module().wait_and_merge(endpoints, o, lse, rows, places, layer)
 
 
-def warm_up(endpoint: Tensor) -> None:
-    """Run every kernel once on an unbound endpoint, where they do nothing.
+def warm_up(endpoints: Tensor) -> None:
+    """Run every kernel once on unbound endpoints, where they do nothing.
 
     CUDA loads a kernel at its first launch, for which it may wait until the device is idle: while another kernel waits
     for a peer, that is late, and in one process that plays both ends it is a deadlock.
     """
     import torch
 
-    index = torch.zeros(1, dtype=torch.int32, device=endpoint.device)
-    lse = torch.zeros(1, 1, device=endpoint.device)
+    device, one = endpoints.device, endpoints[: ipc_words.ENDPOINT_WORDS]
+    index = torch.zeros(1, dtype=torch.int32, device=device)
+    lse = torch.zeros(1, 1, device=device)
     for head_dim in HEAD_DIMS:
         for dtype in (torch.float16, torch.bfloat16):
-            rows = torch.zeros(1, 1, head_dim, dtype=dtype, device=endpoint.device)
-            put_queries(endpoint, rows, index, index, 0)
-            wait_and_merge_(endpoint, rows, lse, index, index, 0)
-    put_answers(endpoint, rows, lse, 0)
-    wait_step(endpoint)
-    wait_layer(endpoint, 1)
+            rows = torch.zeros(1, 1, head_dim, dtype=dtype, device=device)
+            put_queries(endpoints, rows, index, index, 0)
+            wait_and_merge_(endpoints, rows, lse, index, index, 0)
+    put_answers(one, rows, lse, 0)
+    wait_step(one)
+    wait_layer(one, 1)
 
 
 @functools.cache

@@ -72,7 +72,7 @@ class Decode:
         self.end = opening.open_decode_end(
             msgspec.json.decode(spec, type=ChannelSpec),
             device=0,
-            endpoint=None,
+            endpoints=None,
             wait_timeout=wait_s,
             expected=pool.channel(lanes),
             peer="prefill",

@@ -37,7 +37,7 @@ def create(kind, shape=SHAPE, peer="decode"):
 
 def open_(spec, wait_timeout, peer="prefill"):
     return opening.open_decode_end(
-        spec, device=None, endpoint=None, wait_timeout=wait_timeout, expected=spec.shape, peer=peer
+        spec, device=None, endpoints=None, wait_timeout=wait_timeout, expected=spec.shape, peer=peer
     )
 
 

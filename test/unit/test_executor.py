@@ -19,7 +19,7 @@ def parts(request):
     """(executor, decode's end, the failures that the executor told)."""
     end = opening.create_executor_end(request.param, SHAPE, device=None, wait_timeout=5.0, peer="decode")
     decode = opening.open_decode_end(
-        end.spec, device=None, endpoint=None, wait_timeout=5.0, expected=SHAPE, peer="prefill"
+        end.spec, device=None, endpoints=None, wait_timeout=5.0, expected=SHAPE, peer="prefill"
     )
     failures: queue.Queue[str] = queue.Queue()
     layer = LayerKV(torch.randn(16, 2, 8), torch.randn(16, 2, 8), 0.5, 0.0)

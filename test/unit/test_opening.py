@@ -44,7 +44,7 @@ def test_check_kind_that_does_not_fit_is_refused(kind, device):
 def test_ends_meet(kind):
     executor = opening.create_executor_end(kind, SHAPE, device=None, wait_timeout=1.0, peer="decode")
     decode = opening.open_decode_end(
-        executor.spec, device=None, endpoint=None, wait_timeout=1.0, expected=SHAPE, peer="prefill"
+        executor.spec, device=None, endpoints=None, wait_timeout=1.0, expected=SHAPE, peer="prefill"
     )
     try:
         assert decode.begin_step([1, 3]) == 1
@@ -66,7 +66,7 @@ def test_ipc_without_a_gpu_is_refused():
             opening.open_decode_end(
                 msgspec.structs.replace(executor.spec, kind="ipc"),
                 device=None,
-                endpoint=None,
+                endpoints=None,
                 wait_timeout=1.0,
                 expected=SHAPE,
                 peer="prefill",

@@ -3,6 +3,9 @@
 // Everything a kernel needs to know about the channel is read from an Endpoint in device memory when the kernel runs,
 // so a CUDA graph captured before the channel existed serves every channel that is bound to its endpoint later.
 //
+// A decode rank has an array of endpoints, one for each link that it may have at a time; an executor has one. Kernels take
+// such an array. A row's place names its endpoint and its lane there; links without rows in a step do not take part in it.
+//
 // A call (step, layer) has the number step * num_layers + layer; steps count 1, 2, ... A flag holds the number of the
 // newest call whose data is complete and only grows. Kernels of one end run on one stream.
 #pragma once
@@ -36,6 +39,10 @@ struct HostStatus {
   uint64_t work_ns;
 };
 
+// A place is index << kLaneBits | lane; negative: the row goes nowhere. Mirrored in channel/ipc_words.py.
+constexpr int kLaneBits = 16;
+constexpr uint32_t kMaxLinks = 32; // of a put the first threads of a block each serve a link, all in one warp
+
 struct alignas(128) Endpoint {
   // Written by the host in the order of the end's stream, constant while kernels run. Addresses are of this process.
   uint64_t connected; // 0: every kernel returns at once
@@ -56,7 +63,7 @@ struct alignas(128) Endpoint {
 
   // Written by this end's kernels; the stream orders a kernel after the one before it, except where noted.
   alignas(128) uint64_t step; // newest step that began
-  uint64_t open;              // 1: the newest step is under way, 0: the launch found none
+  uint64_t open;              // 1: the step under way is this end's, 0: the launch found none, or it has no rows here
   uint64_t launches;          // waits for a step so far
   uint64_t error;             // Error; blocks of one kernel race for it with atomicCAS, the first one stays
   uint64_t arrivals;          // blocks of the running put that are done: atomics at GPU scope, reset by the last one
@@ -64,7 +71,8 @@ struct alignas(128) Endpoint {
   uint64_t waits;             // number of such waits
   uint64_t work_from_ns;      // when the work of the layer under way began, see `begin_work`
   uint64_t work_ns;           // time of such work, over all layers
-  uint64_t reserved_too[7];
+  uint64_t joins;             // 1: a row of layer 0 goes here; set by its block, reset by the put's last one
+  uint64_t reserved_too[6];
 };
 static_assert(sizeof(Endpoint) == 256);
 
@@ -107,7 +115,16 @@ __device__ __forceinline__ void begin_work(Endpoint& e) { e.work_from_ns = globa
 __device__ __forceinline__ void end_work(Endpoint& e) { e.work_ns += global_timer_ns() - e.work_from_ns; }
 
 __device__ __forceinline__ bool usable(const Endpoint& e) {
-  return e.connected != 0 && load_relaxed_sys(&e.error) == kNoError;
+  const bool connected = e.connected != 0; // both are loaded before either is looked at
+  const bool sound = load_relaxed_sys(&e.error) == kNoError;
+  return connected && sound;
+}
+
+// The endpoint of a place, or null. `lane` may still be beyond its lanes.
+__device__ __forceinline__ Endpoint* endpoint_at(Endpoint* endpoints, uint32_t num_links, int32_t place, uint32_t& lane) {
+  if (place < 0 || static_cast<uint32_t>(place >> kLaneBits) >= num_links) return nullptr;
+  lane = place & ((1 << kLaneBits) - 1);
+  return endpoints + (place >> kLaneBits);
 }
 
 __device__ __forceinline__ void fail(Endpoint& e, Error error, uint64_t call) {
@@ -156,6 +173,29 @@ __device__ __forceinline__ bool wait_for_call(Endpoint& e, uint64_t call, bool k
       return false;
     }
   }
+}
+
+// Waits for a layer of the step under way, if there is one, and keeps the end's accounts. One thread of a kernel.
+__device__ __forceinline__ void keep_layer(Endpoint& e, uint32_t layer) {
+  const bool is_decode = e.own_lse != 0;
+  const bool open = e.open != 0 && layer < e.num_layers;
+  const uint64_t call = e.step * e.num_layers + layer;
+  if (!usable(e) || !open) return;
+  if (is_decode) end_work(e);
+  uint64_t waited_ns;
+  const bool came = wait_for_call(e, call, true, waited_ns);
+  e.wait_ns += waited_ns;
+  e.waits += 1;
+  if (layer + 1 == e.num_layers) {
+    auto* status = at<HostStatus>(e.status);
+    store_relaxed_sys(&status->wait_ns, e.wait_ns);
+    store_relaxed_sys(&status->waits, e.waits);
+    if (is_decode) {
+      store_relaxed_sys(&status->work_ns, e.work_ns);
+      if (came) store_relaxed_sys(&status->steps_done, e.step);
+    }
+  }
+  if (!is_decode) begin_work(e);
 }
 
 } // namespace adrenaline

@@ -1,4 +1,4 @@
-// wait_and_merge: waits for the peer's answer, then joins it with rows of the batch, in place.
+// wait_and_merge: waits for the peers' answers, then joins them with rows of the batch, in place.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,12 +12,13 @@ constexpr int kMergeThreads = 128;
 constexpr int kMergeVec = 8; // elements of a thread: 16 bytes
 
 struct MergeParams {
-  Endpoint* endpoint;
-  void* o;              // [batch, num_heads, head_dim], rows o_stride elements apart
-  float* lse;           // [batch, num_heads] dense, base 2
-  const int32_t* rows;  // [num_rows] row of o, distinct, negative = skip
-  const int32_t* lanes; // [num_rows] lane of the answer, negative = skip
+  Endpoint* endpoints;   // [num_links]
+  void* o;               // [batch, num_heads, head_dim], rows o_stride elements apart
+  float* lse;            // [batch, num_heads] dense, base 2
+  const int32_t* rows;   // [num_rows] row of o, distinct, negative = skip
+  const int32_t* places; // [num_rows] where its answer comes from, negative = skip
   int64_t o_stride;
+  uint32_t num_links;
   uint32_t batch;
   uint32_t num_rows;
   uint32_t num_heads;
@@ -47,22 +48,25 @@ __device__ __forceinline__ uint4 blend(uint4 a, uint4 b, float weight_a, float w
   return out;
 }
 
-// Grid (max(num_rows, 1), ceil(num_heads / heads of a block)). A head belongs to kHeadDim / 8 neighbouring threads. The
-// local part is fetched before the wait. Block (0, 0) always waits, and keeps the accounts; blocks of skipped rows leave.
+// Grid (num_links + num_rows, ceil(num_heads / heads of a block)). The first blocks keep a link each: its accounts, and
+// the limits of its waits (see wait_for_call). Each other one merges heads of a row as soon as that row's answer is there;
+// a head belongs to kHeadDim / 8 neighbouring threads, which fetch the local part before the wait.
 template <typename T2, int kHeadDim>
 __global__ void __launch_bounds__(kMergeThreads) wait_and_merge_kernel(const MergeParams p) {
   constexpr int kHeadThreads = kHeadDim / kMergeVec;
   constexpr int kBlockHeads = kMergeThreads / kHeadThreads;
   __shared__ bool ready;
-  Endpoint& e = *p.endpoint;
-  const bool keeper = blockIdx.x == 0 && blockIdx.y == 0;
-  const int32_t row = blockIdx.x < p.num_rows ? p.rows[blockIdx.x] : -1;
-  const int32_t lane = blockIdx.x < p.num_rows ? p.lanes[blockIdx.x] : -1;
-  const bool skipped = row < 0 || row >= static_cast<int64_t>(p.batch) || lane < 0 || lane >= static_cast<int64_t>(e.lanes);
-  if (skipped && !keeper) return;
+  if (blockIdx.x < p.num_links) {
+    if (blockIdx.y == 0 && threadIdx.x == 0) keep_layer(p.endpoints[blockIdx.x], p.layer);
+    return;
+  }
+  const int32_t row = p.rows[blockIdx.x - p.num_links];
+  uint32_t lane = 0;
+  Endpoint* link = endpoint_at(p.endpoints, p.num_links, p.places[blockIdx.x - p.num_links], lane);
+  if (link == nullptr || row < 0 || row >= static_cast<int64_t>(p.batch)) return;
 
   const uint32_t head = blockIdx.y * kBlockHeads + threadIdx.x / kHeadThreads;
-  const bool active = !skipped && head < p.num_heads;
+  const bool active = head < p.num_heads;
   const uint32_t inner = (threadIdx.x % kHeadThreads) * kMergeVec;
   using T = decltype(T2::x);
   auto* o = reinterpret_cast<uint4*>(static_cast<T*>(p.o) + row * p.o_stride + head * kHeadDim + inner);
@@ -74,28 +78,19 @@ __global__ void __launch_bounds__(kMergeThreads) wait_and_merge_kernel(const Mer
     local_lse = *lse;
   }
 
-  const uint64_t call = e.step * e.num_layers + p.layer;
+  Endpoint& e = *link;
   if (threadIdx.x == 0) {
+    const uint64_t call = e.step * e.num_layers + p.layer;
+    const bool fits = e.recv_row_bytes == p.num_heads * kHeadDim * sizeof(T) && e.own_lse != 0 &&
+                      p.num_heads == e.num_heads && p.layer < e.num_layers;
+    const bool open = e.open != 0 && lane < e.lanes;
     ready = false;
-    if (usable(e) && e.open != 0) {
-      if (e.recv_row_bytes != p.num_heads * kHeadDim * sizeof(T) || e.own_lse == 0 || p.num_heads != e.num_heads ||
-          p.layer >= e.num_layers) {
-        fail(e, kShape, call);
+    if (usable(e) && open) {
+      uint64_t waited_ns;
+      if (fits) {
+        ready = wait_for_call(e, call, false, waited_ns);
       } else {
-        if (keeper) end_work(e);
-        uint64_t waited_ns;
-        ready = wait_for_call(e, call, keeper, waited_ns);
-        if (keeper) {
-          auto* status = at<HostStatus>(e.status);
-          e.wait_ns += waited_ns;
-          e.waits += 1;
-          if (ready && p.layer == e.num_layers - 1) {
-            store_relaxed_sys(&status->wait_ns, e.wait_ns);
-            store_relaxed_sys(&status->waits, e.waits);
-            store_relaxed_sys(&status->work_ns, e.work_ns);
-            store_relaxed_sys(&status->steps_done, e.step);
-          }
-        }
+        fail(e, kShape, call);
       }
     }
   }

@@ -43,27 +43,12 @@ __device__ __forceinline__ void wait_for_step(Endpoint& e) {
 __global__ void __launch_bounds__(32) wait_kernel(Endpoint* endpoint, uint32_t layer, uint32_t opens) {
   Endpoint& e = *endpoint;
   if (threadIdx.x != 0) return;
-  if (!usable(e)) {
-    e.open = 0;
-  } else if (opens) {
+  if (!opens) {
+    keep_layer(e, layer);
+  } else if (usable(e)) {
     wait_for_step(e);
-  } else if (e.open != 0) {
-    const bool is_decode = e.own_lse != 0;
-    if (is_decode) end_work(e);
-    uint64_t waited_ns;
-    const bool came = wait_for_call(e, e.step * e.num_layers + layer, true, waited_ns);
-    e.wait_ns += waited_ns;
-    e.waits += 1;
-    auto* status = at<HostStatus>(e.status);
-    if (layer + 1 == e.num_layers) {
-      store_relaxed_sys(&status->wait_ns, e.wait_ns);
-      store_relaxed_sys(&status->waits, e.waits);
-      if (is_decode) {
-        store_relaxed_sys(&status->work_ns, e.work_ns);
-        if (came) store_relaxed_sys(&status->steps_done, e.step);
-      }
-    }
-    if (!is_decode) begin_work(e);
+  } else {
+    e.open = 0;
   }
 }
 

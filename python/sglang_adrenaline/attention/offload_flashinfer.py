@@ -1,9 +1,9 @@
 """Attention of a decode server that offloads, on a GPU: FlashInfer over the suffix, and the round trip of a layer.
 
 Runs in the decode scheduler's process, inside the forward pass and inside its CUDA graphs. Per layer: queries of all
-rows that have a lane are stored into the executor's buffer, FlashInfer attends over [P, n) of every row, then one
-kernel waits for the answer and merges it in place. What differs from step to step is in device memory (lanes of the
-rows, the channel's endpoint), so a graph serves any set of offloaded requests.
+rows that have a lane are stored into the buffers of their executors, FlashInfer attends over [P, n) of every row, then
+one kernel waits for the answers and merges them in place. What differs from step to step is in device memory (places of
+the rows, the channels' endpoints), so a graph serves any set of offloaded requests on any links.
 
 A step is staged before it is planned (`stage`), by the graph runner for a replay and by `init_forward_metadata` for a
 pass without a graph; plan and kernels then find the positions from which they attend here.
@@ -14,14 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from sglang.srt.layers.attention.flashinfer_backend import DecodeMetadata, FlashInferAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_adrenaline import kernels
-from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoint
+from sglang_adrenaline.channel.ipc import IpcDecodeEnd
+from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoints
 from sglang_adrenaline.decode.runtime import DecodeRuntime
 from sglang_adrenaline.decode.table import StepPlan
 from sglang_adrenaline.errors import PeerLostError
@@ -48,10 +49,10 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
         super().__init__(model_runner, init_new_workspace=model_runner.init_new_workspace)
         self._runtime = runtime
         self._device = torch.device("cuda", model_runner.gpu_id)
-        self._words = runtime.attach_endpoint(IpcEndpoint(model_runner.gpu_id)).words
+        self._words = runtime.attach_endpoints(IpcEndpoints(model_runner.gpu_id)).words
         capacity = self.kv_last_page_len.shape[0]
         self._rows = torch.arange(capacity, dtype=torch.int32, device=self._device)
-        self._lanes = torch.full((capacity,), -1, dtype=torch.int32, device=self._device)
+        self._places = torch.full((capacity,), -1, dtype=torch.int32, device=self._device)
         self._staged: StagedStep | None = None
         self._exchanging = False
         self._plan_whole = self.indices_updater_decode.update
@@ -60,9 +61,9 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
     # ---- steps ------------------------------------------------------------------------------------------------------
 
     def stage(self, forward_batch: ForwardBatch) -> bool:
-        """Make this decode batch the step that is planned next; whether a channel takes part in it.
+        """Make this decode batch the step that is planned next; whether any channel takes part in it.
 
-        On the model's stream, once a step: it announces the step to the executor.
+        On the model's stream, once a step: it announces the step to the executors that hold prefixes of its rows.
         """
         plan = self._runtime.table.plan(forward_batch.rids or ())
         self._staged = None
@@ -84,21 +85,21 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
             self._exchanging = False
 
     def _begin(self, plan: StepPlan) -> bool:
-        # Rows of a padded graph beyond the batch have no lane.
-        lanes = torch.full(self._lanes.shape, -1, dtype=torch.int32, pin_memory=True)
+        # Rows of a padded graph beyond the batch have no place.
+        places = torch.full(self._places.shape, -1, dtype=torch.int32, pin_memory=True)
         begun = False
         for part in plan.parts:
             link = self._runtime.link(part.link)
+            channel = cast("IpcDecodeEnd", link.channel)
             try:
-                link.channel.begin_step(part.lanes)
+                channel.begin_step(part.lanes)
             except PeerLostError as error:
                 self._runtime.step_failed(link, str(error))
                 continue
-            assert not begun, "two channels in one step"
             begun = True
-            lanes[list(part.rows)] = torch.tensor(part.lanes, dtype=torch.int32)
+            places[list(part.rows)] = torch.tensor(channel.places(part.lanes), dtype=torch.int32)
         if begun:
-            self._lanes.copy_(lanes, non_blocking=True)
+            self._places.copy_(places, non_blocking=True)
         return begun
 
     # ---- planning ---------------------------------------------------------------------------------------------------
@@ -179,8 +180,8 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
         if not self._exchanging:
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         q = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
-        rows, lanes = self._rows[: len(q)], self._lanes[: len(q)]
-        kernels.put_queries(self._words, q, rows, lanes, layer.layer_id)
+        rows, places = self._rows[: len(q)], self._places[: len(q)]
+        kernels.put_queries(self._words, q, rows, places, layer.layer_id)
         if save_kv_cache and k is not None and v is not None:
             loc = KVWriteLoc(forward_batch.out_cache_loc, self.forward_metadata.swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, *self._kv_write_scales(layer))
@@ -192,5 +193,5 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
             k_scale=layer.k_scale_float,
             v_scale=layer.v_scale_float,
         )
-        kernels.wait_and_merge_(self._words, o, lse, rows, lanes, layer.layer_id)
+        kernels.wait_and_merge_(self._words, o, lse, rows, places, layer.layer_id)
         return o.view(-1, layer.tp_q_head_num * layer.v_head_dim)

@@ -148,6 +148,10 @@ class IpcDecodeEnd(IpcEnd):
         self._segment.announce(self.steps, lanes)
         return self.steps
 
+    def places(self, lanes: Sequence[int]) -> list[int]:
+        """The lanes as kernels name them that serve all links of a decode rank (`IpcEndpoints`)."""
+        return self.endpoint.places(lanes)
+
     def send_q(self, layer: int, q: torch.Tensor) -> None:
         rows = len(self._lanes)
         expected = (rows, self.shape.num_qo_heads, self.shape.head_dim)

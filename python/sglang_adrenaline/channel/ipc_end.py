@@ -150,6 +150,7 @@ class IpcEnd:
             if self._aborted:
                 return
             self._aborted = reason or "no reason given"
+        self.endpoint.free()
         self._host.control.abort = 1
         self._segment.abort(self.own_abort, self._aborted)
 

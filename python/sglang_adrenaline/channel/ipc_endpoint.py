@@ -1,17 +1,23 @@
-"""The endpoint of an `ipc` channel: the fixed place in device memory from which kernels read where a channel is.
+"""Endpoints of `ipc` channels: the fixed places in device memory from which kernels read where a channel is.
 
-Made once per decode rank and executor, before CUDA graphs are captured; channels come and go under it.
+Made before CUDA graphs are captured, one for an executor, MAX_LINKS in a row for a decode rank; channels come and go
+under them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Sequence
 
 import torch
 
 from sglang_adrenaline import kernels
-from sglang_adrenaline.channel.ipc_words import ENDPOINT_WORDS, Endpoint
+from sglang_adrenaline.channel.ipc_words import ENDPOINT_WORDS, LANE_BITS, Endpoint
+from sglang_adrenaline.errors import ChannelError
+
+MAX_LINKS = 4
+"""Prefill servers to which a decode server on a GPU offloads at a time."""
 
 
 class IpcEndpoint:
@@ -20,14 +26,24 @@ class IpcEndpoint:
     Its kernels must run one after the other, as on one stream: on a fork of it, join before the next one.
     """
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, device: int, group: IpcEndpoints | None = None, index: int = 0) -> None:
+        """By itself, or the one of this index of a group."""
         self.device = device
-        self.words = torch.zeros(ENDPOINT_WORDS, dtype=torch.int64, device=torch.device("cuda", device))
-        kernels.warm_up(self.words)
-        torch.cuda.current_stream(device).synchronize()
+        self.words = _ready_words(device, 1) if group is None else group.words.view(-1, ENDPOINT_WORDS)[index]
+        self._group = group
+        self._index = index
         self._lock = threading.Lock()
         self._owner: object = None
         self._stream: torch.cuda.Stream | None = None
+
+    def places(self, lanes: Sequence[int]) -> list[int]:
+        """The lanes of this endpoint's channel as kernels name them that take the whole group."""
+        return [self._index << LANE_BITS | lane for lane in lanes]
+
+    def free(self) -> None:
+        """No step begins on it any more: the group may give it to another channel. Idempotent, from any thread."""
+        if self._group is not None:
+            self._group.put_back(self)
 
     def bind(self, owner: object, descriptor: Endpoint) -> None:
         """Put a channel under the endpoint, for kernels that are enqueued on the current stream from now on.
@@ -56,6 +72,41 @@ class IpcEndpoint:
                 event = torch.cuda.Event()
                 event.record()
             return event
+
+
+class IpcEndpoints:
+    """The endpoints of a decode rank, one for each link that it may have at a time.
+
+    words: int64 [MAX_LINKS * ENDPOINT_WORDS] on the device. Kernels that take all of it serve every link of a step, and
+    rows name their link by their place.
+    """
+
+    def __init__(self, device: int) -> None:
+        self.words = _ready_words(device, MAX_LINKS)
+        self._free = [IpcEndpoint(device, self, index) for index in range(MAX_LINKS)]
+        self._lock = threading.Lock()
+
+    def take(self) -> IpcEndpoint:
+        """For a new channel, which frees it. From any thread. Raises ChannelError if none is free."""
+        with self._lock:
+            if not self._free:
+                raise ChannelError(
+                    f"a decode server on a GPU offloads to at most {MAX_LINKS} prefill servers at a time"
+                )
+            return self._free.pop(0)
+
+    def put_back(self, endpoint: IpcEndpoint) -> None:
+        with self._lock:
+            if endpoint not in self._free:
+                self._free.append(endpoint)
+
+
+def _ready_words(device: int, endpoints: int) -> torch.Tensor:
+    """Unbound endpoints; the kernels are loaded."""
+    words = torch.zeros(endpoints * ENDPOINT_WORDS, dtype=torch.int64, device=torch.device("cuda", device))
+    kernels.warm_up(words)
+    torch.cuda.current_stream(device).synchronize()
+    return words
 
 
 def descriptor(**fields: int) -> Endpoint:

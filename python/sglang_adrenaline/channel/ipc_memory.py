@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 
@@ -159,8 +160,12 @@ class _CudaBytes:
         }
 
 
+class Freeable(Protocol):
+    def free(self) -> None: ...
+
+
 @contextlib.contextmanager
-def freed_on_error(*owned: DeviceBuffer | PeerMemory | HostWords) -> Iterator[None]:
+def freed_on_error(*owned: Freeable) -> Iterator[None]:
     """Free what was made so far if the block raises."""
     try:
         yield

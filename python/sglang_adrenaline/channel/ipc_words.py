@@ -56,13 +56,16 @@ class Endpoint(ctypes.Structure):
                 "waits",
                 "work_from_ns",
                 "work_ns",
+                "joins",
             )
         ),
-        ("reserved_too", _U64 * 7),
+        ("reserved_too", _U64 * 6),
     )
 
 
 ENDPOINT_WORDS = ctypes.sizeof(Endpoint) // 8
+LANE_BITS = 16
+"""A place is the index of an endpoint, shifted by so many bits, plus a lane of its channel."""
 
 
 class HostControl(ctypes.Structure):
@@ -81,10 +84,11 @@ class HostStatus(ctypes.Structure):
 
 
 def layout() -> str:
-    """Byte offset of every word, in the form in which the library reports its own."""
-    return "".join(
+    """Byte offset of every word and how places are made, in the form in which the library reports its own."""
+    offsets = "".join(
         f"{kind.__name__}.{name}:{getattr(kind, name).offset} "
         for kind in (Endpoint, HostControl, HostStatus)
         for name, *_ in kind._fields_
         if not name.startswith("reserved")
     )
+    return f"{offsets}lane_bits:{LANE_BITS} "

@@ -13,7 +13,7 @@ from sglang_adrenaline.errors import ChannelError, ConfigError
 
 if TYPE_CHECKING:  # needs CUDA's libraries
     from sglang_adrenaline.channel.ipc import IpcExecutorEnd
-    from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoint
+    from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoints
 
 _FITTING: dict[str, tuple[Kind, ...]] = {"cpu": ("shm", "zmq"), "cuda": ("ipc",)}
 """By device type, the kinds that work there; the first is for peers of one host. A step on a GPU is a CUDA graph, in
@@ -74,7 +74,7 @@ def open_decode_end(
     spec: ChannelSpec,
     *,
     device: int | None,
-    endpoint: IpcEndpoint | None,
+    endpoints: IpcEndpoints | None,
     wait_timeout: float,
     expected: ChannelShape,
     peer: str,
@@ -82,8 +82,8 @@ def open_decode_end(
 ) -> DecodeEnd:
     """Decode's end of the channel that `spec` names. Raises ChannelError.
 
-    device, endpoint  GPU and endpoint of the decode rank's kernels; None on a CPU
-    host              where the prefill server is (zmq)
+    device, endpoints  GPU and endpoints of the decode rank's kernels; None on a CPU
+    host               where the prefill server is (zmq)
     """
     if (device is None) == (spec.kind == "ipc"):
         needs = "which needs a GPU" if device is None else "which works on CPUs only"
@@ -94,8 +94,12 @@ def open_decode_end(
         return net.open_decode_end(spec, host=host, wait_timeout=wait_timeout, expected=expected, peer=peer)
     assert device is not None
     from sglang_adrenaline.channel import ipc
+    from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoint
+    from sglang_adrenaline.channel.ipc_memory import freed_on_error
 
     with torch.cuda.device(device):
-        return ipc.open_decode_end(
-            spec, device=device, wait_timeout=wait_timeout, endpoint=endpoint, expected=expected, peer=peer
-        )
+        endpoint = IpcEndpoint(device) if endpoints is None else endpoints.take()
+        with freed_on_error(endpoint):
+            return ipc.open_decode_end(
+                spec, device=device, wait_timeout=wait_timeout, endpoint=endpoint, expected=expected, peer=peer
+            )

@@ -50,10 +50,6 @@ class Peers:
         self._peers[address] = peer
         return True
 
-    def any_alive(self) -> bool:
-        """Whether any of them is connected. Any thread."""
-        return any(peer.link is not None and peer.link.alive for peer in self)
-
     # ---- links ------------------------------------------------------------------------------------------------------
 
     def use(self, link: Link) -> None:

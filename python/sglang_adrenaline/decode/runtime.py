@@ -27,12 +27,12 @@ from sglang_adrenaline.decode.offload import Offload, OffloadState, Word
 from sglang_adrenaline.decode.peers import Peers
 from sglang_adrenaline.decode.restarts import RestartedPrefill
 from sglang_adrenaline.decode.table import OffloadTable
-from sglang_adrenaline.errors import ChannelError, PeerLostError
+from sglang_adrenaline.errors import PeerLostError
 from sglang_adrenaline.keys import load_key_file
 from sglang_adrenaline.model_shape import host_id, local_model_shape
 
 if TYPE_CHECKING:  # needs CUDA's libraries
-    from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoint
+    from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoints
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ class DecodeRuntime:
         self.config = config
         self.instance = uuid.uuid4().hex
         self.table = OffloadTable()
-        self.endpoint: IpcEndpoint | None = None
-        """On a GPU: where the kernels of the decode steps find their channel; made by the attention backend."""
+        self.endpoints: IpcEndpoints | None = None
+        """On a GPU: where the kernels of the decode steps find their channels; made by the attention backend."""
         self.offloaded_total = 0
         self.local_total = 0
         self.failed_total = 0
@@ -78,10 +78,10 @@ class DecodeRuntime:
 
     # ---- start ------------------------------------------------------------------------------------------------------
 
-    def attach_endpoint(self, endpoint: IpcEndpoint) -> IpcEndpoint:
+    def attach_endpoints(self, endpoints: IpcEndpoints) -> IpcEndpoints:
         """Called when the attention backend of a GPU is built, before its graphs and before the scheduler exists."""
-        self.endpoint = endpoint
-        return endpoint
+        self.endpoints = endpoints
+        return endpoints
 
     def attach_scheduler(self, scheduler: Any) -> None:
         pool = compat.pool_shape(scheduler)
@@ -115,12 +115,10 @@ class DecodeRuntime:
     def _open_channel(self, spec: ChannelSpec, peer: Peer) -> DecodeEnd:
         """Control thread. Raises ChannelError."""
         device = compat.device(self._scheduler)
-        if self.endpoint is not None and self._peers.any_alive():
-            raise ChannelError("a decode server on a GPU offloads to one prefill server at a time, so far")
         return open_decode_end(
             spec,
             device=device.index if device.type == "cuda" else None,
-            endpoint=self.endpoint,
+            endpoints=self.endpoints,
             wait_timeout=self.config.wait_timeout,
             expected=self._channel_shape(spec.shape.lanes),
             peer=peer.name,
