@@ -30,6 +30,7 @@ import torch
 from sglang_adrenaline import kernels
 from sglang_adrenaline.channel import ipc
 from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec
+from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoints
 from sglang_adrenaline.errors import PeerLostError
 
 LAYERS, HEADS, HEAD_DIM = 32, 32, 128
@@ -77,8 +78,9 @@ def executor(device: int, rows: int) -> None:
 
 
 class Decode:
-    def __init__(self, end: ipc.IpcDecodeEnd, rows: int, replays: int) -> None:
-        self.end, self.words, self.replays = end, end.endpoint.words, replays
+    def __init__(self, end: ipc.IpcDecodeEnd, endpoints: IpcEndpoints, rows: int, replays: int) -> None:
+        """`end` has the first of the endpoints."""
+        self.end, self.words, self.replays = end, endpoints.words, replays
         self.q = torch.randn(LAYERS, rows, HEADS, HEAD_DIM, device="cuda").bfloat16()
         self.o = torch.randn(LAYERS, rows, HEADS, HEAD_DIM, device="cuda").bfloat16()
         self.lse = torch.randn(LAYERS, rows, HEADS, device="cuda")
@@ -120,7 +122,7 @@ class Decode:
                 graph.replay()
                 after.record()
                 if not ends:
-                    kernels.wait_layer(self.words, LAYERS - 1)
+                    kernels.wait_layer(self.end.endpoint.words, LAYERS - 1)
                 self.stream.synchronize()
                 self.end.check()
                 times.append(before.elapsed_time(after) * 1e3 / LAYERS)
@@ -160,8 +162,9 @@ def bench(rows: int, replays: int, gpu: int) -> dict[str, float]:
         line = child.stdout.readline()
         if not line:
             raise RuntimeError(f"the executor ended with code {child.wait(10.0)}")
-        end = ipc.open_decode_end(msgspec.json.decode(line, type=ChannelSpec), device=0, wait_timeout=WAIT_S)
-        decode = Decode(end, rows, replays)
+        spec, endpoints = msgspec.json.decode(line, type=ChannelSpec), IpcEndpoints(0)
+        end = ipc.open_decode_end(spec, device=0, wait_timeout=WAIT_S, endpoint=endpoints.take())
+        decode = Decode(end, endpoints, rows, replays)
         cycles, local_us = sleep_cycles_for(LOCAL_US, decode.stream)
         both = decode.capture(put=True, merge=True)
         hidden = decode.capture(put=True, merge=True, sleep_cycles=cycles)

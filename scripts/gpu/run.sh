@@ -73,15 +73,17 @@ for name in "$@"; do
   case $name in
     kernels) step kernels 120 "${kernel_tests[@]}" test/kernel/test_kernels.py test/kernel/test_steps.py ;;
     channel) lines=40 step channel 180 "${kernel_tests[@]}" test/kernel/test_ipc_channel.py ;;
+    links) lines=40 step links 180 "${kernel_tests[@]}" test/kernel/test_several_links.py ;;
     transfer) lines=40 step transfer 180 "${kernel_tests[@]}" test/kernel/test_cuda_ipc_transfer.py ;;
     executor) lines=60 step executor 240 "${kernel_tests[@]}" test/kernel/test_gpu_executor.py ;;
     profile) lines=60 step profile 240 python3 benchmark/gpu_executor.py ;;
     stalls) step stalls 60 python3 benchmark/launch_stalls.py ;;
     tp) lines=60 step tp 580 "${tests[@]}" --basetemp "$work/tp-tmp" test/gpu/test_gpu_tensor_parallel.py ;;
+    several) lines=60 step several 580 "${tests[@]}" --basetemp "$work/several-tmp" test/gpu/test_gpu_several_prefills.py ;;
     gqa) gpu_tests gqa 400 "gqa and not returns" ;;
     mha) gpu_tests mha 400 "mha and not returns" ;;
-    exactness) gpu_tests exactness 550 "not returns and not tensor_parallel" ;;
-    returns) gpu_tests returns 550 "(kill or returns) and not tensor_parallel" ;;
+    exactness) gpu_tests exactness 550 "not returns and not tensor_parallel and not several" ;;
+    returns) gpu_tests returns 550 "(kill or returns) and not tensor_parallel and not several" ;;
     smoke)
       systems=(adrenaline:$ratio)
       compare smoke 240 "$seven" "burst in=512 out=64 requests=32" "single in=2048 out=32 requests=2" ;;

@@ -88,6 +88,18 @@ def stock_pd(model: Path | str, logs: Path, *, args: Sequence[str], gpus: Gpus, 
     return Group({"prefill": sides[0], "decode": sides[1], "router": router}, front="router")
 
 
+def add_prefill(group: Group, name: str) -> None:
+    """Another prefill server like the one of `adrenaline`, known to the group's router; before they are started."""
+    first = group.servers["prefill"]
+    port, bootstrap_port = free_ports(1)[0], free_ports(1, also_free=1000)[0]
+    command = list(first.command)
+    for flag, value in (("--port", port), ("--disaggregation-bootstrap-port", bootstrap_port)):
+        command[command.index(flag) + 1] = str(value)
+    added = Server(name, command, port, first.log.with_name(f"{name}.log"), first.env)
+    group.servers["router"].command += ["--prefill", added.url, str(bootstrap_port)]
+    group.servers[name] = added
+
+
 def router_server(name: str, prefill: Server, bootstrap_port: int, decode: Server, logs: Path) -> Server:
     port = free_ports(1)[0]
     command = [sys.executable, "-m", "sglang_adrenaline.router", "--host", HOST, "--port", str(port)]

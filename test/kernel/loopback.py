@@ -23,6 +23,8 @@ class Loopback:
     dtype: torch.dtype = torch.bfloat16
     wait_limit_s: float = 10.0
     bound: bool = True
+    in_group: IpcEndpoint | None = None
+    """Decode's endpoint, if it is one of a group."""
     decode: IpcEndpoint = field(init=False)
     executor: IpcEndpoint = field(init=False)
 
@@ -40,7 +42,7 @@ class Loopback:
         self.decode_host, self.executor_host = HostWords(0), HostWords(0)
         for host in (self.decode_host, self.executor_host):
             host.control.wait_limit_ns = host.control.open_limit_ns = int(self.wait_limit_s * 1e9)
-        self.decode, self.executor = IpcEndpoint(0), IpcEndpoint(0)
+        self.decode, self.executor = self.in_group or IpcEndpoint(0), IpcEndpoint(0)
         self.decode_stream, self.executor_stream = torch.cuda.Stream(), torch.cuda.Stream()
         if self.bound:
             self.bind()
@@ -74,7 +76,7 @@ class Loopback:
     def words(self, endpoint: IpcEndpoint) -> dict[str, int]:
         """What the kernels wrote into an endpoint."""
         words = Endpoint.from_buffer_copy(endpoint.words.cpu().numpy())
-        names = ("step", "open", "launches", "error", "arrivals", "wait_ns", "waits", "work_ns")
+        names = ("step", "open", "launches", "error", "arrivals", "wait_ns", "waits", "work_ns", "joins")
         return {name: getattr(words, name) for name in names}
 
     def close(self) -> None:

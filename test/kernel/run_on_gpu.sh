@@ -3,7 +3,7 @@
 #
 # Run from the repository's root with a python3 that has torch with CUDA, apache-tvm-ffi, msgspec and pytest. Every step
 # has a time-out and a log of its own; the exit status is that of the worst step. STEPs:
-# build kernels steps channel executor bench executor_bench memcheck
+# build kernels steps channel links executor bench executor_bench memcheck
 set -uo pipefail
 out=${1:?usage: run_on_gpu.sh LOG_DIR [STEP ...]}; shift
 export PYTHONPATH="$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -19,12 +19,13 @@ step() { # name seconds command...
   tail -n "${lines:-25}" "$out/$name.log"
   ((status > worst)) && worst=$status
 }
-wanted=("${@:-}"); [[ -z ${wanted[0]} ]] && wanted=(build kernels steps channel executor bench executor_bench memcheck)
+wanted=("${@:-}"); [[ -z ${wanted[0]} ]] && wanted=(build kernels steps channel links executor bench executor_bench memcheck)
 tests=(python3 -m pytest -q --tb=short -p no:cacheprovider --timeout 60)
 lines=3 step build 90 python3 -c 'from sglang_adrenaline import kernels; kernels.module(); print("kernels loaded")'
 step kernels 70 "${tests[@]}" test/kernel/test_kernels.py
 step steps 70 "${tests[@]}" test/kernel/test_steps.py
 lines=60 step channel 180 "${tests[@]}" -s --durations=3 test/kernel/test_ipc_channel.py
+lines=40 step links 180 "${tests[@]}" -s --durations=3 test/kernel/test_several_links.py
 lines=60 step executor 500 "${tests[@]}" --timeout 240 -s --durations=5 test/kernel/test_gpu_executor.py
 lines=60 step executor_bench 240 python3 benchmark/gpu_executor.py --json "$out/gpu_executor.json" \
   --png "$out/gpu_executor.png"

@@ -53,7 +53,8 @@ def test_put_queries_rows_land_at_their_lanes(loop, dtype, heads, head_dim, batc
         assert torch.equal(channel.q[layer], expected)
     assert channel.q_flag.item() == 1 * channel.num_layers + 1
     assert channel.words(channel.decode) == {
-        "step": 1, "open": 1, "launches": 0, "error": 0, "arrivals": 0, "wait_ns": 0, "waits": 0, "work_ns": 0
+        "step": 1, "open": 1, "launches": 0, "error": 0, "arrivals": 0, "wait_ns": 0, "waits": 0, "work_ns": 0,
+        "joins": 0
     }  # fmt: skip
 
 
@@ -177,6 +178,9 @@ def test_wrappers_bad_arguments_raise(loop):
         lambda: kernels.put_queries(words, q, one, one.cpu(), 0),
         lambda: kernels.put_queries(words, q, one, one, -1),
         lambda: kernels.put_queries(words[:16], q, one, one, 0),
+        lambda: kernels.put_queries(words.repeat(33), q, one, one, 0),
+        lambda: kernels.put_answers(words.repeat(2), q, lse, 0),
+        lambda: kernels.wait_step(words.repeat(2)),
         lambda: kernels.put_queries(words, q.cpu(), one, one, 0),
         lambda: kernels.put_queries(words, q.flatten()[1 : 1 + 8 * 128].view(1, 8, 128), one, one, 0),
         lambda: kernels.put_answers(words, q, lse.double(), 0),

@@ -71,7 +71,7 @@ class Graphs:
 
     def randomize(self, generator: torch.Generator) -> None:
         """New inputs, rows and lanes for the next step."""
-        offloaded = int(torch.randint(0, min(BATCH, self.channel.lanes) + 1, (), generator=generator))
+        offloaded = int(torch.randint(1, min(BATCH, self.channel.lanes) + 1, (), generator=generator))
         self.rows.fill_(-1)
         self.lanes.fill_(-1)
         self.rows[:offloaded] = index(torch.randperm(BATCH, generator=generator)[:offloaded])

@@ -88,7 +88,7 @@ def test_open_foreign_segment_is_refused():
 
 def test_layout_names_every_word_once():
     words = ipc_words.layout().split()
-    assert len(words) == len(set(words)) == 23 + 4 + 8
+    assert len(words) == len(set(words)) == 24 + 4 + 8 + 1
     assert ipc_words.ENDPOINT_WORDS == 32
     assert ipc_words.Endpoint.step.offset == 128
 
