@@ -65,7 +65,8 @@ class Work:
         self.o = torch.zeros_like(self.q)
         self.lse = torch.zeros(LANES, QO_HEADS, dtype=torch.float32, device="cuda")
         slots = torch.randperm(LANES * TOKENS, dtype=torch.int32, device="cuda") + 1
-        self.bucket = self.attention.plan({lane: slots[lane * TOKENS : (lane + 1) * TOKENS] for lane in range(LANES)})
+        self.bucket = self.attention.bucket(range(LANES))
+        self.attention.plan({lane: slots[lane * TOKENS : (lane + 1) * TOKENS] for lane in range(LANES)}, self.bucket)
         self.read_bytes = LAYERS * LANES * TOKENS * kv_heads * HEAD_DIM * 2 * 2
         self.source = torch.zeros(COPY_BYTES // 2, **cuda)
         self.target = torch.zeros_like(self.source)

@@ -5,6 +5,8 @@ A new SGLang version should be a matter of this module and of the table in `hook
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 from array import array
 from collections.abc import Sequence
@@ -283,6 +285,43 @@ def model_fingerprint(scheduler: Scheduler) -> str:
         sample = parameter.detach().reshape(-1)[:32].to(torch.float32).cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()
+
+
+# ---- forward passes ------------------------------------------------------------------------------------------------
+
+
+def batch_rows(forward_batch: Any, rows: slice) -> Any:
+    """A ForwardBatch of decode with these of its rows; its tensors are views: graphs read the same memory."""
+    size = forward_batch.batch_size
+    part = copy.copy(forward_batch)
+    for name, value in vars(forward_batch).items():
+        if isinstance(value, torch.Tensor) and value.dim():
+            if value.shape[0] == size:
+                setattr(part, name, value[rows])
+            elif value.dim() == 2 and value.shape[1] == size:  # positions in several dimensions
+                setattr(part, name, value[:, rows])
+        elif isinstance(value, list) and len(value) == size:
+            setattr(part, name, value[rows])
+    part.batch_size = len(range(*rows.indices(size)))
+    return part
+
+
+def joined_outputs(first: Any, second: Any) -> Any:
+    """LogitsProcessorOutput of a batch from those of its rows."""
+
+    def joined(name: str) -> torch.Tensor | None:
+        parts = getattr(first, name), getattr(second, name)
+        return None if parts[0] is None else torch.cat(parts)
+
+    return dataclasses.replace(
+        first, next_token_logits=joined("next_token_logits"), hidden_states=joined("hidden_states")
+    )
+
+
+def is_dense(model_config: Any) -> bool:
+    """Whether a pass over some rows computes for them what a pass over more rows does: no mixture of experts."""
+    config = text_config(model_config)
+    return not any(config.get(name) for name in ("num_local_experts", "n_routed_experts", "num_experts"))
 
 
 # ---- scheduler ----------------------------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     channel: ChannelKind = "auto"
     channel_ports: str = "0"
     """FIRST-LAST or one port: where prefill listens for channels between hosts; 0: any free port."""
+    halves_from: int = 192
+    """On GPUs, decode batches of at least so many rows run as two halves in turn; 0: never."""
     lanes: int | None = None
     """Offloaded requests that one decode instance can have on one prefill instance at a time; None: `lanes_for`."""
     executor_sms: int | Literal["auto"] = "auto"
@@ -89,6 +91,7 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             self.channel_ports,
             "a port, or FIRST-LAST, in 1..65535",
         )
+        _require(self.halves_from >= 0, "adrenaline-halves-from", self.halves_from, "a whole number >= 0")
         _require(self.min_offload_tokens >= 1, "adrenaline-min-offload-tokens", self.min_offload_tokens, ">= 1")
         _require(
             self.lanes is None or 1 <= self.lanes <= 4096, "adrenaline-lanes", self.lanes, "a whole number in 1..4096"
@@ -245,6 +248,15 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         help="SMs of the prefill GPU that prefill leaves to the attention executor while prompts are offloaded, "
         "rounded up to what the GPU can set apart; the executor uses the others, too, while they are idle; 0: prefill "
         "always uses all (default auto: up to 36 %% of them, by prefill's load)",
+    )
+    group.add_argument(
+        "--adrenaline-halves-from",
+        dest="halves_from",
+        type=int,
+        default=192,
+        metavar="N",
+        help="on GPUs decode batches of at least N rows run as two halves in turn, so that remote attention over one "
+        "half takes place beside all of decode's work on the other (default 192; 0: never)",
     )
     group.add_argument(
         "--adrenaline-key-file",

@@ -30,7 +30,10 @@ TEST_ARGS = (
 )
 CHUNK_ARGS = ("--chunked-prefill-size", "512")
 """On our prefill server: longer prompts take several chunks."""
-ADRENALINE_ARGS = ("--adrenaline-lanes", "64", "--adrenaline-offload-ratio", "0.7")
+ADRENALINE_ARGS = (
+    *("--adrenaline-lanes", "64", "--adrenaline-offload-ratio", "0.7"),
+    *("--adrenaline-halves-from", "8"),  # so that the batches of the tests run either way
+)
 
 Payload = Mapping[str, Any]
 

@@ -17,6 +17,7 @@ from sglang_adrenaline.channel import ipc_segment as seg
 from sglang_adrenaline.channel import ipc_words
 from sglang_adrenaline.channel.base import ChannelShape
 from sglang_adrenaline.channel.ipc_end import check_shape
+from sglang_adrenaline.channel.ipc_segment import Announced
 from sglang_adrenaline.channel.ipc_watchdog import StepClock, Watchdog
 from sglang_adrenaline.channel.memfd import WatchedProcess
 from sglang_adrenaline.errors import ChannelError
@@ -28,30 +29,30 @@ def test_announced_step_is_read_by_the_other_mapping():
     prefill, spec = seg.create(SHAPE)
     decode = seg.open_(spec)
     for step in range(1, 3 * seg.RING):
-        lanes = tuple(range(step % 5 + 1))
+        announced = Announced(tuple(range(step % 5 + 1)), (None, 0, 1)[step % 3])
         assert prefill.announced(step) is None
-        decode.announce(step, lanes)
-        assert prefill.announced(step) == lanes
+        decode.announce(step, announced)
+        assert prefill.announced(step) == announced
 
 
 def test_announced_overrun_raises():
     prefill, spec = seg.create(SHAPE)
     decode = seg.open_(spec)
     for step in range(1, seg.RING + 2):
-        decode.announce(step, (0,))
+        decode.announce(step, Announced((0,)))
     with pytest.raises(ChannelError, match="looks for step 1"):
         prefill.announced(1)
-    assert prefill.announced(2) == (0,)
+    assert prefill.announced(2) == Announced((0,))
 
 
 def test_wait_bell_ends_with_the_announcement():
     prefill, spec = seg.create(SHAPE)
     decode = seg.open_(spec)
-    threading.Timer(0.05, decode.announce, (1, (3,))).start()
+    threading.Timer(0.05, decode.announce, (1, Announced((3,)))).start()
     began = time.monotonic()
     while prefill.announced(1) is None and time.monotonic() - began < 5.0:
         prefill.wait_bell(1, 5.0)
-    assert prefill.announced(1) == (3,) and time.monotonic() - began < 2.0
+    assert prefill.announced(1) == Announced((3,)) and time.monotonic() - began < 2.0
     prefill.wait_bell(1, 5.0)
     assert time.monotonic() - began < 2.0, "a step that is there must not be waited for"
 

@@ -7,11 +7,15 @@ the rows, the channels' endpoints), so a graph serves any set of offloaded reque
 
 A step is staged before it is planned (`stage`), by the graph runner for a replay and by `init_forward_metadata` for a
 pass without a graph; plan and kernels then find the positions from which they attend here.
+
+Large batches run as two halves (`halves.py`): after the queries of one half are out, the other half is worked on until
+its queries are. So an executor has all of decode's work on the other half to hide under, not local attention alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import enum
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +24,9 @@ import torch
 from sglang.srt.layers.attention.flashinfer_backend import DecodeMetadata, FlashInferAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_adrenaline import kernels
+from sglang_adrenaline import compat, kernels
+from sglang_adrenaline.attention.halves import Half, make_halves, run_in_turns
+from sglang_adrenaline.channel.calls import StepCalls, calls_of
 from sglang_adrenaline.channel.ipc import IpcDecodeEnd
 from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoints
 from sglang_adrenaline.decode.runtime import DecodeRuntime
@@ -34,16 +40,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Exchange(enum.Enum):
+    """What a step has to do with channels: none takes part, it runs as a whole, it runs as two halves."""
+
+    NONE = enum.auto()
+    WHOLE = enum.auto()
+    HALVES = enum.auto()
+
+
 @dataclass(frozen=True)
 class StagedStep:
-    """starts: int64 [batch], CPU, first position of each row that is attended here; exchanges: a channel takes part."""
+    """starts: int64 [batch], CPU, first position of each row that is attended here."""
 
     starts: Tensor
-    exchanges: bool
+    exchange: Exchange
 
 
 class OffloadFlashInferBackend(FlashInferAttnBackend):
-    """`_staged` is the step that is planned next, None if all its rows are local."""
+    """`_staged` is the step that is planned next, None if all its rows are local.
+
+    `_exchange` says what the pass does that is under way, or recorded; `_half` which half of it, None for a whole.
+    """
 
     def __init__(self, model_runner: ModelRunner, runtime: DecodeRuntime) -> None:
         super().__init__(model_runner, init_new_workspace=model_runner.init_new_workspace)
@@ -53,61 +70,89 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
         capacity = self.kv_last_page_len.shape[0]
         self._rows = torch.arange(capacity, dtype=torch.int32, device=self._device)
         self._places = torch.full((capacity,), -1, dtype=torch.int32, device=self._device)
+        layers = model_runner.model_config.num_attention_layers
+        self._calls = StepCalls(layers, calls_of(layers, "cuda"))
+        splits = self._calls.halves and model_runner.server_args.tp_size == 1
+        splits = splits and compat.is_dense(model_runner.model_config)
+        self._halves_from = runtime.config.halves_from if splits else 0
+        self._halves: dict[int, tuple[Half, Half]] = {}
+        """By size of the graph."""
+        self._half: Half | None = None
         self._staged: StagedStep | None = None
-        self._exchanging = False
+        self._exchange = Exchange.NONE
         self._plan_whole = self.indices_updater_decode.update
         self.indices_updater_decode.update = self._plan
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
-    def stage(self, forward_batch: ForwardBatch) -> bool:
-        """Make this decode batch the step that is planned next; whether any channel takes part in it.
+    def stage(self, forward_batch: ForwardBatch, graph_size: int = 0) -> Exchange:
+        """Make this decode batch the step that is planned next. graph_size: of the graph that it runs in, 0 for none.
 
         On the model's stream, once a step: it announces the step to the executors that hold prefixes of its rows.
         """
         plan = self._runtime.table.plan(forward_batch.rids or ())
         self._staged = None
-        if plan is not None:
-            self._staged = StagedStep(plan.starts, self._begin(plan))
-        return self._staged is not None and self._staged.exchanges
+        if plan is None:
+            return Exchange.NONE
+        self._staged = StagedStep(plan.starts, self._begin(plan, self._halves.get(graph_size)))
+        return self._staged.exchange
 
     def exchanges(self, forward_batch: ForwardBatch) -> bool:
         """Whether the step of this batch would need a channel; announces nothing."""
         return self._runtime.table.any_remote(forward_batch.rids or ())
 
     @contextmanager
-    def recording_exchange(self) -> Iterator[None]:
+    def recording(self, exchange: Exchange) -> Iterator[None]:
         """Graphs captured inside hold the round trips."""
-        self._exchanging = True
+        self._exchange = exchange
         try:
             yield
         finally:
-            self._exchanging = False
+            self._exchange = Exchange.NONE
 
-    def _begin(self, plan: StepPlan) -> bool:
+    def splits(self, graph_size: int) -> bool:
+        """Whether steps in graphs of this size may run as two halves."""
+        return 0 < self._halves_from <= graph_size
+
+    def in_halves(self, forward: Callable[..., Any], graph_size: int) -> Callable[..., Any]:
+        """The model's forward pass over a batch of this size, as passes over its halves in turn."""
+        if graph_size not in self._halves:
+            self._halves[graph_size] = make_halves(self, graph_size)
+
+        def enter(half: Half | None) -> None:
+            self._half = half
+
+        return run_in_turns(forward, self._halves[graph_size], enter)
+
+    def _begin(self, plan: StepPlan, halves: tuple[Half, Half] | None) -> Exchange:
         # Rows of a padded graph beyond the batch have no place.
         places = torch.full(self._places.shape, -1, dtype=torch.int32, pin_memory=True)
+        first = [sum(row < halves[0].size for row in part.rows) if halves else None for part in plan.parts]
+        # A link takes part in a step from its first call on, so it needs rows in the first half.
+        if not all(first):
+            first = [None] * len(first)
         begun = False
-        for part in plan.parts:
+        for part, in_first in zip(plan.parts, first, strict=True):
             link = self._runtime.link(part.link)
             channel = cast("IpcDecodeEnd", link.channel)
             try:
-                channel.begin_step(part.lanes)
+                channel.begin_step(part.lanes, in_first)
             except PeerLostError as error:
                 self._runtime.step_failed(link, str(error))
                 continue
             begun = True
             places[list(part.rows)] = torch.tensor(channel.places(part.lanes), dtype=torch.int32)
-        if begun:
-            self._places.copy_(places, non_blocking=True)
-        return begun
+        if not begun:
+            return Exchange.NONE
+        self._places.copy_(places, non_blocking=True)
+        return Exchange.WHOLE if first[0] is None else Exchange.HALVES
 
     # ---- planning ---------------------------------------------------------------------------------------------------
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        self._staged, self._exchanging = None, False
+        self._staged, self._exchange = None, Exchange.NONE
         if forward_batch.forward_mode.is_decode():
-            self._exchanging = self.stage(forward_batch)
+            self._exchange = self.stage(forward_batch)
         super().init_forward_metadata(forward_batch)
 
     def _prepare_cuda_graph_metadata(self, bs: int, num_tokens: int, forward_mode: Any, spec_info: Any) -> None:
@@ -133,7 +178,7 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
     ) -> None:
         """Plan attention over [start, seq_len) of each row, in place of upstream's [0, seq_len)."""
         staged, self._staged = self._staged, None
-        if staged is None:
+        if staged is None and self._exchange is not Exchange.HALVES:
             self._plan_whole(
                 req_pool_indices,
                 seq_lens,
@@ -149,22 +194,32 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
         assert seq_lens_cpu is not None
         # A graph's batch is padded with rows of length 1.
         starts_cpu = torch.zeros(len(req_pool_indices), dtype=torch.int64, pin_memory=True)
-        starts_cpu[: len(staged.starts)] = staged.starts
+        if staged is not None:  # else halves are being captured
+            starts_cpu[: len(staged.starts)] = staged.starts
         starts = starts_cpu.to(self._device, non_blocking=True)
-        lens_cpu = seq_lens_cpu - starts_cpu.to(seq_lens_cpu.dtype)
+        lens, lens_cpu = seq_lens - starts.to(seq_lens.dtype), seq_lens_cpu - starts_cpu.to(seq_lens_cpu.dtype)
         updater = self.indices_updater_decode
-        updater.call_begin_forward(
-            (decode_wrappers or updater.decode_wrappers)[0],
-            req_pool_indices,
-            seq_lens - starts.to(seq_lens.dtype),
-            int(lens_cpu.sum()),
-            updater.kv_indptr[0],
-            starts,
-            spec_info,
-            lens_cpu,
-            fixed_split_size=fixed_split_size,
-            disable_split_kv=disable_split_kv,
-        )
+
+        def plan(wrapper: Any, rows: slice, indptr: Tensor) -> None:
+            updater.call_begin_forward(
+                wrapper,
+                req_pool_indices[rows],
+                lens[rows],
+                int(lens_cpu[rows].sum()),
+                indptr,
+                starts[rows],
+                spec_info,
+                lens_cpu[rows],
+                fixed_split_size=fixed_split_size,
+                disable_split_kv=disable_split_kv,
+            )
+
+        if staged is None or staged.exchange is Exchange.HALVES:
+            for half in self._halves[len(req_pool_indices)]:
+                plan(half.wrapper, half.rows, half.indptr)
+                half.planned()
+        else:
+            plan((decode_wrappers or updater.decode_wrappers)[0], slice(None), updater.kv_indptr[0])
 
     # ---- layers -----------------------------------------------------------------------------------------------------
 
@@ -177,15 +232,25 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
     ) -> Tensor:
-        if not self._exchanging:
+        if self._exchange is Exchange.NONE:
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         q = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
-        rows, places = self._rows[: len(q)], self._places[: len(q)]
-        kernels.put_queries(self._words, q, rows, places, layer.layer_id)
+        half = self._half
+        if half is None:
+            call, places = self._calls.whole(layer.layer_id), self._places[: len(q)]
+            wrapper = self.forward_metadata.decode_wrappers[0]
+        else:
+            call, places = self._calls.half(layer.layer_id, half.index), self._places[half.rows]
+            wrapper = half.wrapper
+        rows = self._rows[: len(q)]
+        kernels.put_queries(self._words, q, rows, places, call)
+        if half is not None:
+            half.hand_over()
+            self._half = half
         if save_kv_cache and k is not None and v is not None:
             loc = KVWriteLoc(forward_batch.out_cache_loc, self.forward_metadata.swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, *self._kv_write_scales(layer))
-        o, lse = self.forward_metadata.decode_wrappers[0].forward_return_lse(
+        o, lse = wrapper.forward_return_lse(
             q,
             self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
             sm_scale=layer.scaling,
@@ -193,5 +258,5 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
             k_scale=layer.k_scale_float,
             v_scale=layer.v_scale_float,
         )
-        kernels.wait_and_merge_(self._words, o, lse, rows, places, layer.layer_id)
+        kernels.wait_and_merge_(self._words, o, lse, rows, places, call)
         return o.view(-1, layer.tp_q_head_num * layer.v_head_dim)

@@ -55,6 +55,7 @@ class ChannelShape(msgspec.Struct, frozen=True, kw_only=True):
 
     lanes: Annotated[int, msgspec.Meta(ge=1, le=MAX_LANES)]
     num_layers: _Size
+    """Calls of a step: one a layer, or twice as many (see `calls.py`)."""
     num_qo_heads: _Size
     head_dim: _Size
     v_head_dim: _Size

@@ -136,7 +136,8 @@ class IpcDecodeEnd(IpcEnd):
             "own_lse": own + FLAG_BYTES + o_bytes(shape),
         }
 
-    def begin_step(self, lanes: Sequence[int]) -> int:
+    def begin_step(self, lanes: Sequence[int], first: int | None = None) -> int:
+        """See `base.DecodeEnd`. first: the step runs as two halves, with so many of the lanes in the first one."""
         self.bind()
         lanes = tuple(lanes)
         if lanes != self._lanes:
@@ -145,7 +146,7 @@ class IpcDecodeEnd(IpcEnd):
             self._lanes = lanes
             self._table_is_old = True
         self.steps += 1
-        self._segment.announce(self.steps, lanes)
+        self._segment.announce(self.steps, seg.Announced(lanes, first))
         return self.steps
 
     def places(self, lanes: Sequence[int]) -> list[int]:
@@ -284,15 +285,15 @@ class IpcExecutorEnd(IpcEnd):
     def steps_opened(self) -> int:
         return self._host.status.steps_opened
 
-    def step_announced(self, step: int, timeout_s: float) -> tuple[int, ...] | None:
-        """Lanes of the step once decode's host has begun it, ahead of its first q; None after `timeout_s`."""
+    def step_announced(self, step: int, timeout_s: float) -> seg.Announced | None:
+        """The step once decode's host has begun it, ahead of its first q; None after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while True:
             self.check()
-            lanes = self._segment.announced(step)
+            announced = self._segment.announced(step)
             remaining = deadline - time.monotonic()
-            if lanes is not None or remaining <= 0:
-                return lanes
+            if announced is not None or remaining <= 0:
+                return announced
             self._segment.wait_bell(step, min(remaining, 0.1))
 
     # ---- base.ExecutorEnd -------------------------------------------------------------------------------------------
@@ -321,9 +322,10 @@ class IpcExecutorEnd(IpcEnd):
             self.check()
             kernels.wait_layer(self.endpoint.words, self._layer)
         else:
-            lanes = self.step_announced(self._step + 1, deadline - time.monotonic())
-            if lanes is None:
+            announced = self.step_announced(self._step + 1, deadline - time.monotonic())
+            if announced is None:
                 return None
+            lanes = announced.lanes
             self.launching()
             if lanes != self._lanes:
                 pinned = torch.tensor(lanes, dtype=torch.int32).pin_memory()

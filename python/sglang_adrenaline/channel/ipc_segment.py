@@ -12,10 +12,11 @@ Created by prefill and opened by decode through /proc/PID/fd/FD, as in `segment.
     904     u64          DECODE_UNMAPPED: the same, the other way round
     1024    u32 u32 248  decode's abort word, length and text of the reason        decode, once
     1280    u32 u32 248  executor's abort word, ...                                executor, once
-    4096    RING entries of step u64, rows u64, time u64, i32[lanes], aligned to 64 decode
+    4096    RING entries of step, rows, halves, time (u64 each), i32[lanes], aligned to 64 decode
 
-An announcement is written as step 0, rows and lanes, then the step, then BELL; its reader takes it only if the step
-is the one it looks for before and after. x86-64 keeps that order; elsewhere `futex.make_fence` is between.
+An announcement is written as step 0, all the rest, then the step, then BELL; its reader takes it only if the step
+is the one it looks for before and after. x86-64 keeps that order; elsewhere `futex.make_fence` is between. *halves* is
+0, or 1 + the number of lanes in the first half.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import os
 import secrets
 import struct
 import time
+from dataclasses import dataclass
 
 from sglang_adrenaline.channel import memfd
 from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec
@@ -42,12 +44,20 @@ RING = 16
 
 _MAGIC = b"ADRIPC\x00\x01"
 _HEADER = struct.Struct("=8sI16s5I16s")
-_VERSION = 1
+_VERSION = 2
 _DECODE_PID, _BELL = 512, 768
-_ENTRY_HEAD = 24
+_ENTRY_HEAD = 32
 _RING_AT = 4096
 _ABORT_TEXT = 248
 _MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Announced:
+    """A step. first: so many of the lanes are in its first half; None if it runs as a whole."""
+
+    lanes: tuple[int, ...]
+    first: int | None = None
 
 
 class IpcSegment:
@@ -72,12 +82,14 @@ class IpcSegment:
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
-    def announce(self, step: int, lanes: tuple[int, ...]) -> None:
+    def announce(self, step: int, announced: Announced) -> None:
+        lanes, first = announced.lanes, announced.first
         at = self._entry(step)
         self._u64[at // 8] = 0
         self._fence()
         self._u64[at // 8 + 1] = len(lanes)
-        self._u64[at // 8 + 2] = time.monotonic_ns()
+        self._u64[at // 8 + 2] = 0 if first is None else 1 + first
+        self._u64[at // 8 + 3] = time.monotonic_ns()
         lanes_at = at + _ENTRY_HEAD
         memoryview(self._mapping)[lanes_at : lanes_at + 4 * len(lanes)].cast("i")[:] = _int32(lanes)
         self._fence()
@@ -86,8 +98,8 @@ class IpcSegment:
         self._u32[_BELL // 4] = step & _MASK
         self._bell.wake()
 
-    def announced(self, step: int) -> tuple[int, ...] | None:
-        """Lanes of the step, or None if it is not announced. Raises ChannelError if it was and is lost."""
+    def announced(self, step: int) -> Announced | None:
+        """None if the step is not announced. Raises ChannelError if it was and is lost."""
         at = self._entry(step)
         found = self._u64[at // 8]
         if found < step:
@@ -96,14 +108,15 @@ class IpcSegment:
         rows = min(self._u64[at // 8 + 1], self.shape.lanes)
         lanes_at = at + _ENTRY_HEAD
         lanes = tuple(memoryview(self._mapping)[lanes_at : lanes_at + 4 * rows].cast("i"))
+        halves = self._u64[at // 8 + 2]
         self._fence()
         if found != step or self._u64[at // 8] != step:
             raise ChannelError(f"decode is more than {RING} steps ahead of the executor, which looks for step {step}")
-        return lanes
+        return Announced(lanes, min(halves - 1, rows) if halves else None)
 
     def since_announced_s(self, step: int) -> float:
         """Seconds since decode's host announced the step, which was found to be announced."""
-        return (time.monotonic_ns() - self._u64[self._entry(step) // 8 + 2]) * 1e-9
+        return (time.monotonic_ns() - self._u64[self._entry(step) // 8 + 3]) * 1e-9
 
     def wait_bell(self, step: int, timeout_s: float) -> None:
         """Sleep until a step from `step` on may have been announced, or the end is woken."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_adrenaline import auto_cost, compat, messages, policy
 from sglang_adrenaline.channel.base import ChannelShape, ChannelSpec, DecodeEnd
+from sglang_adrenaline.channel.calls import calls_of
 from sglang_adrenaline.channel.opening import open_decode_end
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.decode import agreement
@@ -130,7 +131,7 @@ class DecodeRuntime:
         shape = self._shape
         return ChannelShape(
             lanes=lanes,
-            num_layers=shape.num_layers,
+            num_layers=calls_of(shape.num_layers, compat.device(self._scheduler).type),
             num_qo_heads=shape.num_qo_heads,
             head_dim=shape.head_dim,
             v_head_dim=shape.v_head_dim,

@@ -1,8 +1,9 @@
 """The attention executor on a GPU: a CUDA graph a decode step, launched as soon as decode's host announces the step.
 
 Runs in a thread of the prefill scheduler's process, on a stream of its own, and reads the KV pool in place. For each
-bucket of lanes one graph holds all layers of a step: wait for q, attend, put the answer. The thread plans only when
-a step names other lanes than the last one, or a lane has other slots; otherwise a step costs one wait and one launch.
+bucket of lanes one graph holds all layers of a step: wait for q, attend, put the answer; a second one does so for each
+half of a step in turn, for decode servers that run steps as two halves. The thread plans only when a step names other
+lanes than the last one, or a lane has other slots; otherwise a step costs one wait and one launch.
 Prefixes of requests that are not in the step, because they wait for decode or were retracted, are not read.
 
 Order that matters: a lane is attached before decode hears of it (READY), so no step names a lane that is not there,
@@ -15,13 +16,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from sglang_adrenaline import kernels
+from sglang_adrenaline.channel.calls import StepCalls
 from sglang_adrenaline.channel.cuda_graph import CudaGraph
 from sglang_adrenaline.channel.ipc_end import DTYPES
 from sglang_adrenaline.errors import ChannelError
@@ -30,6 +32,7 @@ from sglang_adrenaline.prefill.lane_attention import LaneAttention, check_pool
 
 if TYPE_CHECKING:
     from sglang_adrenaline.channel.ipc import IpcExecutorEnd
+    from sglang_adrenaline.channel.ipc_segment import Announced
     from sglang_adrenaline.prefill.sm_partition import SmPartition
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,13 @@ LATE_S = 0.01
 TELL_EVERY_S = 1.0
 DRAIN_S = 10.0
 """Longest wait for what was launched, once its waits were aborted; prefill's kernels may be ahead of it."""
+
+
+class Planned(NamedTuple):
+    """Which graph a step runs."""
+
+    parts: int
+    bucket: int
 
 
 class StepGraphs:
@@ -51,36 +61,55 @@ class StepGraphs:
         shape, dtype = end.shape, DTYPES[end.shape.dtype]
         q = end.q
         assert q is not None
+        self._calls = StepCalls(len(layers), shape.num_layers)
+        self.capacity = capacity
         with torch.cuda.stream(torch.cuda.default_stream(q.device)):  # whose cached memory others can use after us
-            self.attention = LaneAttention(
-                layers, lanes=shape.lanes, num_qo_heads=shape.num_qo_heads, dtype=dtype, capacity=capacity
-            )
+            self._attention = [
+                LaneAttention(
+                    layers, lanes=shape.lanes, num_qo_heads=shape.num_qo_heads, dtype=dtype, capacity=capacity
+                )
+                for _ in range(1 + self._calls.halves)
+            ]
             rows = (shape.lanes, shape.num_qo_heads)
             self._o = torch.zeros(*rows, shape.v_head_dim, dtype=dtype, device=q.device)
             self._lse = torch.zeros(rows, dtype=torch.float32, device=q.device)
             torch.cuda.current_stream().synchronize()
-        self._graphs: dict[int, CudaGraph] = {}
+        self._graphs: dict[tuple[int, int], CudaGraph] = {}
+        """By number of parts (1: whole, 2: halves) and bucket."""
         with torch.cuda.stream(stream):
-            for bucket in self.attention.buckets:
-                self.attention.run(bucket, 0, q[0, :bucket], self._o[:bucket], self._lse[:bucket])
-                graph = CudaGraph(stream)
-                with graph.capture():
-                    self._step(end.endpoint.words, q, bucket)
-                self._graphs[bucket] = graph
+            for bucket in self._attention[0].buckets:
+                for part in self._attention:
+                    part.run(bucket, 0, q[0, :bucket], self._o[:bucket], self._lse[:bucket])
+                for parts in range(1, len(self._attention) + 1):
+                    graph = CudaGraph(stream)
+                    with graph.capture():
+                        self._step(end.endpoint.words, q, bucket, parts)
+                    self._graphs[parts, bucket] = graph
             stream.synchronize()
 
-    def _step(self, words: torch.Tensor, q: torch.Tensor, bucket: int) -> None:
+    def _step(self, words: torch.Tensor, q: torch.Tensor, bucket: int, parts: int) -> None:
         o, lse = self._o[:bucket], self._lse[:bucket]
-        for layer in range(len(self.attention.layers)):
-            if layer == 0:
-                kernels.wait_step(words)
-            else:
-                kernels.wait_layer(words, layer)
-            self.attention.run(bucket, layer, q[layer & 1, :bucket], o, lse)
-            kernels.put_answers(words, o, lse, layer)
+        for layer in range(self._calls.layers):
+            for part in range(parts):
+                call = self._calls.whole(layer) if parts == 1 else self._calls.half(layer, part)
+                if (layer, part) == (0, 0):
+                    kernels.wait_step(words)
+                else:
+                    kernels.wait_layer(words, call)
+                # Answers of lanes that are not in this half go nowhere: decode reads those of its rows.
+                self._attention[part].run(bucket, layer, q[call & 1, :bucket], o, lse)
+                kernels.put_answers(words, o, lse, call)
 
-    def launch(self, bucket: int) -> None:
-        self._graphs[bucket].launch()
+    def plan(self, parts: Sequence[Mapping[int, torch.Tensor]]) -> Planned:
+        """Slots of the lanes of a step, or of each of its halves. See `LaneAttention.plan`."""
+        attention = self._attention[: len(parts)]
+        bucket = attention[0].bucket([lane for slots in parts for lane in slots])
+        for part, slots in zip(attention, parts, strict=True):
+            part.plan(slots, bucket)
+        return Planned(len(parts), bucket)
+
+    def launch(self, planned: Planned) -> None:
+        self._graphs[planned.parts, planned.bucket].launch()
 
     def free(self) -> None:
         """The graphs, which do not run any more; memory goes with the last reference."""
@@ -243,20 +272,20 @@ class GpuExecutor:
             while not self._end.connect(POLL_S):
                 if self._stopping:
                     return
-            bucket, step = 0, 0
-            planned: frozenset[int] = frozenset()
+            planned, step = Planned(0, 0), 0
+            parts: list[frozenset[int]] = []
             while not self._stopping:
-                lanes = self._end.step_announced(step + 1, POLL_S)
-                if lanes is None:
+                announced = self._end.step_announced(step + 1, POLL_S)
+                if announced is None:
                     continue
                 step += 1
                 woken_s = self._end.since_announced_s(step)
-                if self._changed or planned != frozenset(lanes):
-                    planned = frozenset(lanes)
-                    bucket = self._plan(planned)
+                wanted = _parts(announced)
+                if self._changed or parts != wanted:
+                    parts, planned = wanted, self._plan(wanted)
                 planned_s = self._end.since_announced_s(step)
                 self._end.launching()
-                self._graphs.launch(bucket)
+                self._graphs.launch(planned)
                 self._read_tokens += self._planned_tokens
                 self._lag.add(step, woken_s, planned_s, self._end.since_announced_s(step))
 
@@ -282,21 +311,21 @@ class GpuExecutor:
         """See `AttentionExecutor`: of the steps that were launched."""
         return self._read_tokens
 
-    def _plan(self, lanes: frozenset[int]) -> int:
-        """For the lanes of a step, with the slots that they have now; returns the bucket."""
+    def _plan(self, parts: Sequence[frozenset[int]]) -> Planned:
+        """For the lanes of a step, or of its halves, with the slots that they have now."""
         assert self._graphs is not None and self._stream is not None
         with self._lock:
             self._changed = False
-            slots = {lane: self._slots[lane] for lane in lanes if lane in self._slots}
+            slots = [{lane: self._slots[lane] for lane in part if lane in self._slots} for part in parts]
             arriving, self._arriving = self._arriving, []
         for ready in arriving:
             self._stream.wait_event(ready)
-        self._planned_tokens = sum(tensor.numel() for tensor in slots.values())
+        self._planned_tokens = sum(tensor.numel() for part in slots for tensor in part.values())
         total = self._planned_tokens + self._end.shape.lanes
-        if total > self._graphs.attention.capacity:  # prefixes that share slots may outgrow the pool
+        if total > self._graphs.capacity:  # prefixes that share slots may outgrow the pool
             self._grow(2 * total)
         self._plans += 1
-        return self._graphs.attention.plan(slots)
+        return self._graphs.plan(slots)
 
     def _grow(self, capacity: int) -> None:
         assert self._graphs is not None and self._stream is not None
@@ -320,6 +349,13 @@ class GpuExecutor:
         return True
 
 
+def _parts(announced: Announced) -> list[frozenset[int]]:
+    """Lanes of the step, or of each of its halves."""
+    if announced.first is None:
+        return [frozenset(announced.lanes)]
+    return [frozenset(announced.lanes[: announced.first]), frozenset(announced.lanes[announced.first :])]
+
+
 def warm_up(layers: Sequence[LayerKV], *, lanes: int, num_qo_heads: int) -> None:
     """Compile and load all kernels of an executor, so that none has to be waited for while decode steps run.
 
@@ -339,6 +375,6 @@ def warm_up(layers: Sequence[LayerKV], *, lanes: int, num_qo_heads: int) -> None
         o, lse = torch.empty_like(q), torch.empty(lanes, num_qo_heads, dtype=torch.float32, device=k.device)
         one = torch.zeros(1, dtype=torch.int32, device=k.device)
         for bucket in attention.buckets:
-            attention.plan({bucket - 1: one})
+            attention.plan({bucket - 1: one}, bucket)
             attention.run(bucket, 0, q[:bucket], o[:bucket], lse[:bucket])
         torch.cuda.current_stream().synchronize()

@@ -8,7 +8,7 @@ order of the current stream and without waiting for the device. One thread, one 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,15 +67,18 @@ class LaneAttention:
         self._held: list[Tensor] = []
         self._wrappers = {bucket: self._wrapper(bucket) for bucket in self.buckets}
 
-    def plan(self, slots: Mapping[int, Tensor]) -> int:
-        """Let lane i attend to slots[i] (int32 [n], n >= 1, on the device) from here on; returns the bucket to run.
+    def bucket(self, lanes: Collection[int]) -> int:
+        """That of a step with these lanes."""
+        return bucket_of(self.buckets, max(lanes, default=-1))
+
+    def plan(self, slots: Mapping[int, Tensor], bucket: int) -> None:
+        """Let lane i attend to slots[i] (int32 [n], n >= 1, on the device) from here on when this bucket is run.
 
         Waits for the copies of the plan before this one, which lie behind what the stream did then. Raises
         ChannelError if they are not over in time, ValueError beyond the capacity.
         """
         from flashinfer.decode import fast_decode_plan
 
-        bucket = bucket_of(self.buckets, max(slots, default=-1))
         parts = [slots.get(lane, self._padding) for lane in range(bucket)]
         indptr = np.zeros(bucket + 1, dtype=np.int32)
         np.cumsum([part.numel() for part in parts], out=indptr[1:])
@@ -103,7 +106,6 @@ class LaneAttention:
         )
         self._copied.record()
         self._held = parts
-        return bucket
 
     def run(self, bucket: int, layer: int, q: Tensor, o: Tensor, lse: Tensor) -> None:
         """Attention of one layer with the plan that the stream has got to. Allocates nothing; graph-safe.

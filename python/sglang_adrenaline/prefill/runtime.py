@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_adrenaline import auto_cost, compat, messages
 from sglang_adrenaline.channel import opening
 from sglang_adrenaline.channel.base import ChannelShape
+from sglang_adrenaline.channel.calls import calls_of
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.control import ControlServer
 from sglang_adrenaline.cost_model import CostModel
@@ -165,7 +166,7 @@ class PrefillRuntime:
         lanes = min(hello.lanes_wanted, self._lanes)
         shape = ChannelShape(
             lanes=lanes,
-            num_layers=self._shape.num_layers,
+            num_layers=calls_of(self._shape.num_layers, self._device.type),
             num_qo_heads=self._shape.num_qo_heads,
             head_dim=self._shape.head_dim,
             v_head_dim=self._shape.v_head_dim,
