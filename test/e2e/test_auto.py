@@ -22,13 +22,9 @@ from test_lifecycle import leftovers, wait_for_nothing_left
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
 
-OBJECTIVES = {
-    "tpot": (
-        "--adrenaline-slo-tpot-ms",
-        "2",
-    ),  # about what a step takes at the least, so no batch may grow by offloading
-    "ttft": ("--adrenaline-slo-ttft-ms", "5"),  # less than a long prompt takes, so prefill has no time to spare
-}
+OBJECTIVES = {"tpot": ("--adrenaline-slo-tpot-ms", "2"), "ttft": ("--adrenaline-slo-ttft-ms", "5")}
+"""By decode server. About what a step takes at the least, so that no batch may grow by offloading; and less than a long
+prompt takes, so that prefill has no time to spare for others."""
 BUSY = 0.15
 """Three times the share of prefill's time that the policy lets prompts have at the least."""
 POOL_TOKENS = "3000"

@@ -1,7 +1,8 @@
 """The router's HTTP interface: which path goes where.
 
-One event loop, one thread. Servers are not polled: one that cannot be reached is found out by the request that needed
-it, which goes to another one, and asked from then on until it is back. So an idle deployment stays idle.
+One event loop, one thread. Servers are not polled while nobody waits for them, so an idle deployment stays idle. One
+that cannot be reached is found out by the request that needed it, which goes to another one. One that hangs is found
+out by asking it now and then while there are requests. From then on either is asked until it is back.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ ALL_SERVERS_PROFILING = ("/start_profile", "/stop_profile", "/slow_down", "/conf
 """Sent to every server; the answer is the first failure, else decode's."""
 
 PROBE_TIMEOUT_S = 3.0
+ALIVE_TIMEOUT_S = 5.0
+"""For a server's front end, which computes nothing, to answer: a batch of long prompts does not hold that up."""
 RETURN_TIMEOUT_S = 10.0
 """For a server that was down to show that it is up; on a busy one that takes as long as a step."""
 MAX_TRIES = 8
@@ -64,7 +68,10 @@ class Router:
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
             self._session = session
-            tasks = [asyncio.create_task(self._fleet.watch(self._is_back))]
+            tasks = [
+                asyncio.create_task(self._fleet.watch(self._is_back)),
+                asyncio.create_task(self._fleet.notice_hangs(partial(self._answers, timeout_s=ALIVE_TIMEOUT_S))),
+            ]
             if self._settings.servers_file is not None:
                 tasks.append(asyncio.create_task(follow(self._settings.servers_file, self._fleet)))
             yield
@@ -98,9 +105,11 @@ class Router:
 
     def _choose(self, role: Role) -> Server:
         server = self._fleet.choose(role)
-        if server is None:
-            raise NoServerError(f"the router has no {role} server; {self._settings.servers_file} lists none")
-        return server
+        if server is not None:
+            return server
+        if hanging := [server.url for server in self._fleet.servers if server.role == role]:
+            raise NoServerError(f"no {role} server answers: {', '.join(hanging)}")
+        raise NoServerError(f"the router has no {role} server; {self._settings.servers_file} lists none")
 
     async def one_server(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -139,7 +148,10 @@ class Router:
             headers["Content-Type"] = content_type
         try:
             url = server.url + request.path_qs
-            async with self.session.request(request.method, url, data=body or None, headers=headers) as answer:
+            async with (
+                server.awaited(),
+                self.session.request(request.method, url, data=body or None, headers=headers) as answer,
+            ):
                 kind = answer.headers.get("Content-Type", "text/plain")
                 return web.Response(status=answer.status, body=await answer.read(), headers={"Content-Type": kind})
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
@@ -147,7 +159,11 @@ class Router:
 
     async def _is_alive(self, request: web.Request, server: Server) -> bool:
         headers = forwarded_headers(request.headers)
-        status = await self._status_of(server.url + "/model_info", PROBE_TIMEOUT_S, headers)
+        return await self._answers(server, PROBE_TIMEOUT_S, headers)
+
+    async def _answers(self, server: Server, timeout_s: float, headers: dict[str, str] | None = None) -> bool:
+        """Whether its front end does; a refusal for want of a key is an answer."""
+        status = await self._status_of(server.url + "/model_info", timeout_s, headers)
         return status is not None and status < 500
 
     async def _is_back(self, server: Server) -> bool:
@@ -168,7 +184,7 @@ class Router:
         async def ask(server: Server) -> Any:
             try:
                 headers = forwarded_headers(request.headers)
-                async with self.session.get(server.url + path, headers=headers) as answer:
+                async with server.awaited(), self.session.get(server.url + path, headers=headers) as answer:
                     said = msgspec.json.decode(await answer.read())
                     return {"url": server.url} | said if isinstance(said, dict) else said
             except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError) as error:

@@ -7,7 +7,6 @@ first, the connections to the others are closed, upon which SGLang aborts the re
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import msgspec
 from aiohttp import web
 
 from sglang_adrenaline.router import logprobs
-from sglang_adrenaline.router.servers import Pair, Server
+from sglang_adrenaline.router.servers import HungError, Pair, Server
 
 _HOP_HEADERS = frozenset(
     {
@@ -40,6 +39,7 @@ class UpstreamError(Exception):
             text = str(cause) or type(cause).__name__
         super().__init__(f"{role} server {server.url} failed: {text}")
         self.server = server
+        self.status = 503 if isinstance(cause, HungError) else 502
 
 
 class UnreachableError(UpstreamError):
@@ -107,7 +107,7 @@ class Relay:
         except UnreachableError:
             raise
         except UpstreamError as error:
-            return error_response(502, str(error))
+            return error_response(error.status, str(error))
         finally:
             for task in (prefill, decode):
                 task.cancel()
@@ -167,7 +167,7 @@ class Relay:
         except UpstreamError as error:
             # The status is out already: say it in the stream, where clients look for "error", then end it properly.
             await response.write(
-                b"data: " + msgspec.json.encode(_error_body(502, str(error))) + b"\n\ndata: [DONE]\n\n"
+                b"data: " + msgspec.json.encode(_error_body(error.status, str(error))) + b"\n\ndata: [DONE]\n\n"
             )
         await response.write_eof()
         return response
@@ -191,7 +191,8 @@ class Relay:
 
     async def _read_some(self, upstream: aiohttp.ClientResponse) -> bytes:
         try:
-            return await upstream.content.readany()
+            async with self._pair.decode.awaited():
+                return await upstream.content.readany()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self._failure("decode", self._pair.decode, error) from None
 
@@ -205,7 +206,8 @@ class Relay:
     async def _post(self, role: str, server: Server, body: dict[str, Any]) -> aiohttp.ClientResponse:
         try:
             url = server.url + self._request.path
-            return await self._session.post(url, data=msgspec.json.encode(body), headers=self._headers)
+            async with server.awaited():
+                return await self._session.post(url, data=msgspec.json.encode(body), headers=self._headers)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             self._suspect(server, str(error) or type(error).__name__)
             raise UnreachableError(role, server, error) from None
@@ -214,7 +216,8 @@ class Relay:
 
     async def _read(self, role: str, server: Server, response: aiohttp.ClientResponse) -> Answer:
         try:
-            body = await response.read()
+            async with server.awaited():
+                body = await response.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self._failure(role, server, error) from None
         return Answer(response.status, response.headers.get("Content-Type", "application/json"), body)
@@ -242,6 +245,7 @@ def _cause(prefill: asyncio.Task[Answer]) -> BaseException:
 
 
 def _prefill_failure(prefill: asyncio.Task[Answer]) -> web.Response:
-    with contextlib.suppress(UpstreamError):
+    try:
         return prefill.result().to_response()
-    return error_response(502, str(prefill.exception()))
+    except UpstreamError as error:
+        return error_response(error.status, str(error))
