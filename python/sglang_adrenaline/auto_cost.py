@@ -38,7 +38,7 @@ def check(config: AdrenalineConfig, model_config: Any) -> None:
     try:
         model = served_model(model_config)
     except ConfigError as error:
-        if config.profile is not None or _objectives(config):
+        if config.profile is not None or config.objectives_ms:
             raise ConfigError(f"no profile and no objective can be used: {error}") from None
         return
     if config.profile is not None:
@@ -81,19 +81,13 @@ def check_objectives(config: AdrenalineConfig, cost: CostModel) -> None:
     doubt = 1.0 if cost.profile.source == "measured" else DATASHEET_DOUBT
     first_s = cost.profile.prefill_fixed_s + cost.prefill_s(1)
     least_ms = {"ttft": doubt * 1e3 * first_s, "tpot": doubt * 1e3 * cost.step_s(1, 0)}
-    for name, slo_ms in _objectives(config).items():
+    for name, slo_ms in config.objectives_ms.items():
         if slo_ms < least_ms[name]:
             source = f"the {'data sheet' if cost.profile.source == 'datasheet' else 'profile'} of {cost.profile.device}"
             raise ConfigError(
                 f"--adrenaline-slo-{name}-ms {slo_ms:g} cannot be met: by {source} an idle machine takes "
                 f"at least {least_ms[name]:.3g} ms"
             )
-
-
-def _objectives(config: AdrenalineConfig) -> dict[str, float]:
-    """Milliseconds, those that there are."""
-    given = {"ttft": config.slo_ttft_ms, "tpot": config.slo_tpot_ms}
-    return {name: slo_ms for name, slo_ms in given.items() if slo_ms is not None}
 
 
 def _sheet(device: str) -> str:

@@ -26,6 +26,11 @@ ChannelKind = Literal["auto", "shm", "ipc", "zmq"]
 ANY_PORT = range(1)
 """Port 0: whichever is free."""
 
+OBJECTIVES = {
+    "ttft": "mean time to first token for which prefill keeps enough of its GPU",
+    "tpot": "the batch is not enlarged by offloading if steps would take longer",
+}
+"""By name, what `--adrenaline-slo-{name}-ms` asks of ratio auto."""
 _LANES = {"cpu": 128, "cuda": 256}
 
 
@@ -75,10 +80,8 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             self.offload_ratio,
             "a number in 0..1, or auto",
         )
-        for name, value in (("slo-ttft-ms", self.slo_ttft_ms), ("slo-tpot-ms", self.slo_tpot_ms)):
-            _require(
-                value is None or 0.0 < value < math.inf, f"adrenaline-{name}", value, "a number of milliseconds > 0"
-            )
+        for name, slo_ms in self.objectives_ms.items():
+            _require(0.0 < slo_ms < math.inf, f"adrenaline-slo-{name}-ms", slo_ms, "a number of milliseconds > 0")
         _require(
             0.0 < self.max_pinned_fraction <= 1.0,
             "adrenaline-max-pinned-fraction",
@@ -113,6 +116,17 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def lanes_for(self, device_type: str) -> int:
         """The number of lanes that a server on this type of device offers or asks for."""
         return self.lanes if self.lanes is not None else _LANES.get(device_type, _LANES["cpu"])
+
+    @property
+    def objectives_ms(self) -> dict[str, float]:
+        """Those that were given, by their names in OBJECTIVES."""
+        all_ms = {name: getattr(self, f"slo_{name}_ms") for name in OBJECTIVES}
+        return {name: slo_ms for name, slo_ms in all_ms.items() if slo_ms is not None}
+
+    def objective_s(self, name: str) -> float | None:
+        """One of OBJECTIVES; None if it was not given."""
+        slo_ms = self.objectives_ms.get(name)
+        return slo_ms / 1e3 if slo_ms is not None else None
 
     @property
     def channel_port_range(self) -> range:
@@ -167,22 +181,15 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         "decided by load for each request when decode could take it in, so that attention over remote prompts "
         "takes no longer than over local ones, and beyond that where decode's memory is full and a larger batch pays",
     )
-    group.add_argument(
-        "--adrenaline-slo-ttft-ms",
-        dest="slo_ttft_ms",
-        type=float,
-        default=None,
-        metavar="MS",
-        help="ratio auto: mean time to first token for which prefill keeps enough of its GPU (default: no objective)",
-    )
-    group.add_argument(
-        "--adrenaline-slo-tpot-ms",
-        dest="slo_tpot_ms",
-        type=float,
-        default=None,
-        metavar="MS",
-        help="ratio auto: the batch is not enlarged by offloading if steps would take longer (default: no objective)",
-    )
+    for name, meaning in OBJECTIVES.items():
+        group.add_argument(
+            f"--adrenaline-slo-{name}-ms",
+            dest=f"slo_{name}_ms",
+            type=float,
+            default=None,
+            metavar="MS",
+            help=f"ratio auto: {meaning} (default: no objective)",
+        )
     group.add_argument(
         "--adrenaline-profile",
         dest="profile",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 import requests
 from cases import prompt
 from compare import with_split
+from servers import Group, ServerError, wait_until
 
 
 @dataclass
@@ -55,3 +57,23 @@ def expect_answered(clients: Sequence[Client], timeout_s: float) -> None:
     for client in clients:
         client.thread.join(timeout_s)
         assert client.status == 200, client.text
+
+
+def wait_until_offloading_works(group: Group, timeout_s: float = 60) -> None:
+    """A server that came back, or can be reached again, is used again without a restart of the others."""
+
+    def total() -> int:
+        return int(group.status("decode")["totals"]["offloaded"])
+
+    def works() -> bool:
+        before = total()
+        client = Client(group.url, split=-1, tokens=3, seed=9)
+        client.thread.join(30)
+        if client.status != 200:
+            return False
+        # Served locally it would be, too; and what ended is counted a moment after its answer.
+        with contextlib.suppress(ServerError):
+            wait_until(lambda: total() > before, 1, "it is counted as offloaded")
+        return total() == before + 1
+
+    wait_until(works, timeout_s, "an offloaded request is served again")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import requests
 import servers
-from background import Client, expect_answered, expect_lost
+from background import Client, expect_answered, expect_lost, wait_until_offloading_works
 from compare import check_equal, generate_all, with_split
 from servers import Group, wait_until
 from test_lifecycle import wait_for_nothing_left
@@ -59,7 +59,7 @@ def test_kill_prefill_offloaded_requests_end_with_the_cause_and_local_ones_finis
     status = mortal.status("decode")
     assert status["totals"]["failed"] >= 3 and not status["peers"][0]["connected"]
     mortal.restart("prefill")
-    _wait_until_offloading_works(mortal)
+    wait_until_offloading_works(mortal)
     wait_for_nothing_left(mortal)
 
 
@@ -75,21 +75,9 @@ def test_kill_decode_prefill_unpins_in_time(mortal):
         client.thread.join(30)
         assert client.ended and client.status not in (0, 200), client
     mortal.restart("decode")
-    _wait_until_offloading_works(mortal)
+    wait_until_offloading_works(mortal)
     wait_for_nothing_left(mortal)
 
 
 def _running(group: Group) -> int:
     return sum(group.status("decode")["running"].values())
-
-
-def _wait_until_offloading_works(group: Group) -> None:
-    """A server that came back is used again, without a restart of the others."""
-
-    def works() -> bool:
-        before = group.status("decode")["totals"]["offloaded"]
-        client = Client(group.url, split=-1, tokens=3, seed=9)
-        client.thread.join(30)
-        return client.status == 200 and group.status("decode")["totals"]["offloaded"] == before + 1
-
-    wait_until(works, 60, "an offloaded request is served again")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import servers
-from background import Client, expect_answered, expect_lost
+from background import Client, expect_answered, expect_lost, wait_until_offloading_works
 from cases import LENGTHS
 from compare import check_equal, generate_all, with_split
 from conftest import watched
@@ -69,12 +69,5 @@ def test_kill_one_prefill_rank_ends_every_request_and_a_restart_serves_again(gro
     expect_lost(remote, died, DEATH_BOUND_S)
     expect_answered(local, 60)
     group.restart("prefill")
-    wait_until(lambda: _offloading_works(group), 60, "an offloaded request is served again")
+    wait_until_offloading_works(group)
     wait_for_nothing_left(group)
-
-
-def _offloading_works(group: Group) -> bool:
-    before = group.status("decode")["totals"]["offloaded"]
-    client = Client(group.url, split=-1, tokens=3, seed=9)
-    client.thread.join(30)
-    return client.status == 200 and group.status("decode")["totals"]["offloaded"] == before + 1

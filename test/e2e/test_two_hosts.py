@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import servers
-from background import Client
+from background import Client, wait_until_offloading_works
 from compare import check_equal, generate_all, with_split
 from netns import Host, NoNamespacesError, two_hosts
 from servers import Group, wait_until
@@ -21,7 +21,8 @@ from test_lifecycle import wait_for_nothing_left
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
 
-END_BOUND_S = 10.0
+END_BOUND_S = 6.0
+"""A step waits 2.5 s at most; the rest is for the clients' answers on a busy machine."""
 BACK_BOUND_S = 60.0
 SPLITS = ((257, (0, 1, 7, 256, 257)), (1000, (0, 999, 1000)), (8, (7, 8)), (40, (39,)))
 """Prompt lengths, and of each how many tokens stay with prefill."""
@@ -92,12 +93,5 @@ def test_cut_cable_ends_offloaded_requests_and_a_new_one_serves_them_again(fleet
     new.thread.join(30)
     assert new.ended and new.status >= 500, new
     fleet.prefill_host.plug("up")
-    wait_until(lambda: _offloads(group), BACK_BOUND_S, "an offloaded request is served again")
+    wait_until_offloading_works(group, BACK_BOUND_S)
     wait_for_nothing_left(group)
-
-
-def _offloads(group: Group) -> bool:
-    before = group.status("decode")["totals"]["offloaded"]
-    client = Client(group.url, split=-1, tokens=3, seed=9)
-    client.thread.join(30)
-    return client.status == 200 and group.status("decode")["totals"]["offloaded"] == before + 1

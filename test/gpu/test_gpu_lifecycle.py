@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import aiohttp
 import pytest
-from background import Client, expect_answered, expect_lost
+from background import Client, expect_answered, expect_lost, wait_until_offloading_works
 from cases import prompt
 from compare import with_split
 from servers import Group, wait_until
@@ -105,7 +105,7 @@ def test_lost_server_returns_and_is_used_again(fleets, variant, server):
     group = fleets[variant].ours
     group.kill(server)
     group.restart(server, timeout_s=200)
-    wait_until(lambda: _offloading_works(group), 60, "an offloaded request is served again")
+    wait_until_offloading_works(group)
     wait_for_nothing_left(group)
 
 
@@ -118,14 +118,6 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str, clients: l
         return condition()
 
     wait_until(met, timeout_s, what)
-
-
-def _offloading_works(group: Group) -> bool:
-    before = group.status("decode")["totals"]["offloaded"]
-    client = ask(group, split=-1, tokens=3, seed=10)
-    client.thread.join(30)
-    time.sleep(0.5)  # the end of a request is counted a moment after its answer
-    return client.status == 200 and group.status("decode")["totals"]["offloaded"] == before + 1
 
 
 def _running(group: Group) -> int:

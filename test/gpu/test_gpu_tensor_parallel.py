@@ -15,14 +15,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from background import expect_answered, expect_lost
+from background import expect_answered, expect_lost, wait_until_offloading_works
 from bf16_model import VARIANTS, build_bf16_model
 from gpu_cases import batch_cases, length_cases, prompt_len
 from gpu_fleet import Fleet, Totals, started
 from gpu_servers import Gpus
-from servers import scheduler_pid, wait_until
+from servers import scheduler_pid
 from test_gpu_exactness import WHOLE, check
-from test_gpu_lifecycle import DEATH_BOUND_S, _mixed_load, _offloading_works, _running, ask, until
+from test_gpu_lifecycle import DEATH_BOUND_S, _mixed_load, _running, ask, until
 from test_lifecycle import wait_for_nothing_left
 
 TP = 2
@@ -80,5 +80,5 @@ def test_kill_one_prefill_rank_ends_every_request_and_a_restart_serves_again(fle
     assert (totals.failed, totals.offloaded) == (len(remote), 0)
     group.kill("prefill")
     group.restart("prefill", timeout_s=200)
-    wait_until(lambda: _offloading_works(group), 60, "an offloaded request is served again")
+    wait_until_offloading_works(group)
     wait_for_nothing_left(group)

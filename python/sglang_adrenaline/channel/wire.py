@@ -25,8 +25,11 @@ from sglang_adrenaline.errors import ChannelError, ConfigError, PeerLostError
 
 CONNECT_TIMEOUT_S = 2.0
 """The control connection to the same host stands already."""
-SILENCE_S = 5.0
-"""A host that acknowledges nothing for this long is taken for dead; it is asked every second."""
+ASK_S = 0.5
+SILENCE_S = 2.0
+"""A host that says nothing for this long, asked every ASK_S, is taken for dead. A decode step stands still meanwhile.
+ZMQ's I/O threads ask and answer, which no Python keeps waiting, so it is less than the control plane's patience."""
+HANDSHAKE_S = 5.0
 SLICE_S = 0.25
 """Longest sleep on descriptors at a time."""
 LINGER_MS = 200
@@ -211,7 +214,7 @@ def listen(host: str, ports: range, token: str, max_bytes: int, peer: str) -> tu
         pairs = keys.derive_keys(bytes.fromhex(token))
         sock.curve_server = True
         sock.curve_secretkey = pairs.server.secret
-        sock.handshake_ivl = int(SILENCE_S * 1000)
+        sock.handshake_ivl = int(HANDSHAKE_S * 1000)
         for port in ports:
             with contextlib.suppress(zmq.ZMQError):
                 sock.bind(tcp.own_endpoint(host, port))
@@ -247,6 +250,6 @@ def _make_socket(max_bytes: int) -> tuple[zmq.Context, zmq.Socket]:
     sock.ipv6 = True
     sock.maxmsgsize = max_bytes + _ENCRYPTION_BYTES
     sock.sndhwm = sock.rcvhwm = MAX_QUEUE
-    sock.heartbeat_ivl = 1000
+    sock.heartbeat_ivl = int(ASK_S * 1000)
     sock.heartbeat_timeout = int(SILENCE_S * 1000)
     return context, sock

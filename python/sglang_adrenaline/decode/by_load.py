@@ -28,13 +28,13 @@ def make_decider(config: AdrenalineConfig, scheduler: Any, admission: Admission,
         min_tokens=config.min_offload_tokens,
         max_pinned_fraction=config.max_pinned_fraction,
         max_rows=cost.rows_max(),
-        slo_tpot_s=config.slo_tpot_ms / 1e3 if config.slo_tpot_ms is not None else None,
+        slo_tpot_s=config.objective_s("tpot"),
     )
     return LoadDecider(
         cost,
         settings,
         admission,
-        slo_ttft_s=config.slo_ttft_ms / 1e3 if config.slo_ttft_ms is not None else None,
+        slo_ttft_s=config.objective_s("ttft"),
     )
 
 

@@ -136,9 +136,8 @@ class PrefillRuntime:
 
             self.gpu = GpuSharing(self._scheduler, self._device.index, None if sms == "auto" else sms)
             if cost is not None and len(self.gpu.shares) > 1:
-                slo_ms = self.config.slo_ttft_ms
-                slo_s = slo_ms / 1e3 if slo_ms is not None else None
-                self._share_control = ShareControl(points_at(cost, self.gpu.shares), slo_s)
+                points = points_at(cost, self.gpu.shares)
+                self._share_control = ShareControl(points, self.config.objective_s("ttft"))
         elif sms != "auto" and sms > 0:
             raise ConfigError("--adrenaline-executor-sms needs a GPU")
 
