@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 from array import array
 from collections.abc import Sequence
@@ -64,16 +65,19 @@ def prompt_digest(req: Req) -> str:
 
 def most_tokens(req: Req) -> int:
     """Prompt and answer at their longest, as SGLang's admission reckons."""
-    from sglang.srt.disaggregation.decode import CLIP_MAX_NEW_TOKEN
-
-    return prompt_len(req) + min(req.sampling_params.max_new_tokens, CLIP_MAX_NEW_TOKEN)
+    return prompt_len(req) + min(req.sampling_params.max_new_tokens, _usual_limit())
 
 
 def answer_limit(req: Req) -> int:
     """Tokens that the answer may come to, >= 1; of a request that allows more than is usual, what it may double to."""
+    return max(min(req.sampling_params.max_new_tokens, max(_usual_limit(), 2 * len(req.output_ids))), 1)
+
+
+@functools.cache
+def _usual_limit() -> int:
     from sglang.srt.disaggregation.decode import CLIP_MAX_NEW_TOKEN
 
-    return max(min(req.sampling_params.max_new_tokens, max(CLIP_MAX_NEW_TOKEN, 2 * len(req.output_ids))), 1)
+    return int(CLIP_MAX_NEW_TOKEN)
 
 
 def output_len(req: Req) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -59,6 +59,15 @@ class There:
     """Of its last report; see `policy.PrefillView`."""
     executor_share: float = WHOLE_DEVICE
     """SMs that are the executor's, as share of the device; WHOLE_DEVICE: shared with prefill."""
+
+    def with_one_more(self, tokens: int, new_tokens: int) -> There:
+        """After one more request was offered; new_tokens: of its prefix, those that nothing keeps there yet."""
+        return replace(
+            self,
+            pinned_tokens=self.pinned_tokens + new_tokens,
+            attended_tokens=self.attended_tokens + tokens,
+            lanes_in_use=self.lanes_in_use + 1,
+        )
 
 
 class Admission:

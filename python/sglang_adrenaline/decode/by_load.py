@@ -18,6 +18,10 @@ from sglang_adrenaline.decode.offload import Offload, OffloadState
 from sglang_adrenaline.decode.prefixes import BLOCK_TOKENS, KeptPrefixes, block_names
 from sglang_adrenaline.decode.step_times import LinkTotals, StepTimes
 
+TURNS = 8
+"""Requests that are decided in one scheduler loop, at most: admitting one takes about a millisecond, for which the next
+step must not have to wait when many answers end together."""
+
 
 def make_decider(config: AdrenalineConfig, scheduler: Any, admission: Admission, page_size: int) -> LoadDecider:
     """Raises ConfigError on a profile of another device or model."""
@@ -51,12 +55,15 @@ class ByLoad:
         self._kept_free = kept_free
         self._here: Here | None = None
         """As it is in this scheduler loop; None until it is asked for."""
+        self._there: dict[str, There] | None = None
+        """The same, with what was decided in this loop."""
+        self._turns = TURNS
         self._times = StepTimes()
         self._looped_at = 0.0
 
     def new_loop(self, offloads: Iterable[Offload], peers: Iterable[Peer], links: Iterable[Link]) -> None:
         """Before the queues are looked at. Tells the policy, now and then, how long steps took and waited."""
-        self._here, self.turns_over = None, False
+        self._here, self._there, self.turns_over, self._turns = None, None, False, TURNS
         now = time.monotonic()
         took, self._looped_at = now - self._looped_at, now
         if not compat.ran_decode_step(self._scheduler):
@@ -89,13 +96,17 @@ class ByLoad:
             cached_tokens=shared,
             local_cached_tokens=compat.locked_prefix_len(self._scheduler, offload.req),
         )
-        there = prefill_now(offloads, peers, reading=False)
+        there = self._there = self._there or prefill_now(offloads, peers, reading=False)
         limit = compat.answer_limit(offload.req)
-        decision = self.decider.decide(compat.rid(offload.req), request, limit, link.peer.name, self._here, there)
-        self.turns_over = decision is None
+        name = link.peer.name
+        decision = self.decider.decide(compat.rid(offload.req), request, limit, name, self._here, there)
+        self._turns -= 1
+        self.turns_over = decision is None or self._turns == 0
         if decision is not None and decision.split:
             offload.shared_tokens = min(shared, decision.split)
             self.kept.keep(compat.rid(offload.req), link.index, offload.block_names[: decision.split // BLOCK_TOKENS])
+            if name in there:
+                there[name] = there[name].with_one_more(decision.split, decision.split - offload.shared_tokens)
         return decision
 
     def _decode_now(self) -> Here:

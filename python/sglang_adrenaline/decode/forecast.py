@@ -6,7 +6,7 @@ All ranks forecast alike, from what is the same on all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,13 @@ from sglang_adrenaline.decode.memory import Growth, Promised
 
 @dataclass
 class _Rows:
-    """int64 [n] each. held: tokens here, the answer's so far included."""
+    """int64 [n] each. held: tokens here, the answer's so far included; left: of the answer, to go."""
 
     held: np.ndarray
-    produced: np.ndarray
-    limits: np.ndarray
+    left: np.ndarray
 
     def __add__(self, other: _Rows) -> _Rows:
-        return _Rows(
-            np.concatenate([self.held, other.held]),
-            np.concatenate([self.produced, other.produced]),
-            np.concatenate([self.limits, other.limits]),
-        )
+        return _Rows(np.concatenate([self.held, other.held]), np.concatenate([self.left, other.left]))
 
 
 class MemoryForecast:
@@ -52,7 +47,7 @@ class MemoryForecast:
         """The request has its row, for the first time or again; own_tokens: of its prompt, in slots of its own."""
         self._prompts[compat.rid(req)] = (req, own_tokens)
         if self._rows is not None:
-            self._rows += _rows([(req, own_tokens)])
+            self._rows += self._gather([(req, own_tokens)])
 
     def gone(self, req: Any) -> None:
         """Its row is about to be freed."""
@@ -64,17 +59,19 @@ class MemoryForecast:
     def growth(self, limit: int, promised: Sequence[Promised] = ()) -> Growth:
         """See `memory.KeptFree`; with a little head-room for what cannot be known."""
         if self._rows is None:
-            self._rows = _rows(self._prompts.values())
+            self._rows = self._gather(self._prompts.values())
         rows = self._rows
+        new = np.array([(0, limit), *promised], dtype=np.int64)
+        left = self._left(np.zeros(len(new), np.int64), new[:, 1])
         if promised:
-            tokens, limits = np.array(promised, dtype=np.int64).T
-            rows += _Rows(tokens, np.zeros_like(tokens), limits)
-        left = self._shares.expected_left(rows.produced, rows.limits, self._assumed)
-        own = int(self._shares.expected_left(np.zeros(1, np.int64), np.array([max(limit, 1)]), self._assumed)[0])
-        return Growth(policy.peak_growth(rows.held, left, own) + self._headroom, own)
+            rows += _Rows(new[1:, 0], left[1:])
+        own = int(left[0])
+        return Growth(policy.peak_growth(rows.held, rows.left, own) + self._headroom, own)
 
+    def _gather(self, prompts: Iterable[tuple[Any, int]]) -> _Rows:
+        rows = [(tokens, compat.output_len(req), compat.answer_limit(req)) for req, tokens in prompts]
+        tokens, produced, limits = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+        return _Rows(tokens + produced, self._left(produced, limits))
 
-def _rows(prompts: Any) -> _Rows:
-    produced = np.array([compat.output_len(req) for req, _ in prompts], dtype=np.int64)
-    limits = np.array([compat.answer_limit(req) for req, _ in prompts], dtype=np.int64)
-    return _Rows(np.array([tokens for _, tokens in prompts], dtype=np.int64) + produced, produced, limits)
+    def _left(self, produced: np.ndarray, limits: np.ndarray) -> np.ndarray:
+        return self._shares.expected_left(produced, np.maximum(limits, 1), self._assumed)

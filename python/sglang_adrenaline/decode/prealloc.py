@@ -7,6 +7,7 @@ allocation of the other L - P slots, the transferred range, positions and freein
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +22,25 @@ LOOK_AHEAD = 32
 """Hardly more requests are admitted in one scheduler loop."""
 
 
+@dataclass(frozen=True)
+class _Loop:
+    """Figures that hold for one scheduler loop; upstream asks for them with every request that it admits."""
+
+    number: int
+    remote: int
+    """Tokens of running requests that are not here."""
+    largest: int
+    """Tokens that one of them may come to here."""
+    longest_next: int
+    """Limit of the longest of the answers whose turn to be admitted it may be."""
+
+
 def make_prealloc_queue(base: type, runtime: DecodeRuntime) -> type:
     """The class that takes the place of `base` (SGLang's DecodePreallocQueue) in the decode scheduler."""
 
     class OffloadPreallocQueue(base):
+        _loop: _Loop | None = None
+
         def _create_receiver_and_enqueue(self, req: Any, is_rebootstrap: bool = False) -> Any:
             # A rebootstrapped request is recomputed by prefill and sent whole.
             decode_req = super()._create_receiver_and_enqueue(req, is_rebootstrap=is_rebootstrap)
@@ -79,30 +95,26 @@ def make_prealloc_queue(base: type, runtime: DecodeRuntime) -> type:
             if runtime.forecast is None:
                 return super()._active_reserved_tokens(n_active, extra_reserved_reqs)
             # Upstream adds its constant for the newcomer, whose part is in the forecast already.
-            return runtime.forecast.growth(self._limit_of_next()).tokens - self.num_reserved_decode_tokens
-
-        def _limit_of_next(self) -> int:
-            """Longest of the answers whose turn to be admitted it may be."""
-            waiting = [*self.retracted_queue[:LOOK_AHEAD], *(entry.req for entry in self.queue[:LOOK_AHEAD])]
-            return max(map(compat.answer_limit, waiting), default=0)
+            return runtime.forecast.growth(self._now().longest_next).tokens - self.num_reserved_decode_tokens
 
         def _need_space_for_single_req(self, retractable_tokens: int | None = None) -> int:
             # Upstream counts prompts whole: what an offloaded request may grow to here is its suffix.
-            if retractable_tokens is None:
-                return 0
-            running = compat.running_requests(self.scheduler)
-            return max((self._grows_to(req) - retractable_tokens for req in running), default=0)
-
-        def _grows_to(self, req: Any) -> int:
-            offload = runtime.of(req)
-            return compat.most_tokens(req) - (offload.remote_prefix_len if offload is not None else 0)
+            return self._now().largest - retractable_tokens if retractable_tokens is not None else 0
 
         def _allocatable_token_budgets(self, retractable_tokens: int | None = None, **kwargs: Any) -> int:
             # Retracting an offloaded request frees its suffix only.
             if retractable_tokens is not None:
-                running = compat.running_requests(self.scheduler)
-                remote = sum(o.remote_prefix_len for o in map(runtime.of, running) if o is not None)
-                retractable_tokens = max(0, retractable_tokens - remote)
+                retractable_tokens = max(0, retractable_tokens - self._now().remote)
             return super()._allocatable_token_budgets(retractable_tokens=retractable_tokens, **kwargs)
+
+        def _now(self) -> _Loop:
+            if self._loop is None or self._loop.number != runtime.loops:
+                running = compat.running_requests(self.scheduler)
+                remote = [o.remote_prefix_len if (o := runtime.of(req)) is not None else 0 for req in running]
+                sizes = (compat.most_tokens(req) - part for req, part in zip(running, remote, strict=True))
+                waiting = [*self.retracted_queue[:LOOK_AHEAD], *(entry.req for entry in self.queue[:LOOK_AHEAD])]
+                longest = max(map(compat.answer_limit, waiting), default=1)
+                self._loop = _Loop(runtime.loops, sum(remote), max(sizes, default=0), longest)
+            return self._loop
 
     return OffloadPreallocQueue

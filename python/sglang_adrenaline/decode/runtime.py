@@ -74,6 +74,8 @@ class DecodeRuntime:
         self._admission = Admission()
         self._by_load: ByLoad | None = None
         """With ratio auto."""
+        self.loops = 0
+        """Of the scheduler, so far."""
         self.forecast: MemoryForecast | None = None
         """With admission by forecast."""
 
@@ -341,6 +343,7 @@ class DecodeRuntime:
 
     def pump(self) -> None:
         """Once a scheduler loop, before the queues are looked at."""
+        self.loops += 1
         if self.forecast is not None:
             self.forecast.new_loop()
         if compat.no_request_waits_for_a_row(self._scheduler):

@@ -14,6 +14,8 @@ How long answers become is not known; how long they may become is. `AnswerShares
 
 from __future__ import annotations
 
+import functools
+
 import msgspec
 import numpy as np
 
@@ -27,7 +29,7 @@ HEADROOM = 0.02
 """Share of the pool that admission by forecast leaves free, for what it cannot know."""
 
 
-class AnswerShares(msgspec.Struct, frozen=True):
+class AnswerShares(msgspec.Struct, frozen=True, dict=True):
     """recent: of the last RECENT answers, length / what it might have been, in (0, 1]."""
 
     recent: tuple[float, ...] = ()
@@ -46,13 +48,18 @@ class AnswerShares(msgspec.Struct, frozen=True):
         most = np.maximum(limit - produced, 0)
         if len(self.recent) < FEW:
             return np.minimum(most, assumed)
-        shares = np.sort(np.concatenate([self.recent, np.ones(PRIOR)]))
-        beyond = np.concatenate([np.cumsum(shares[::-1])[::-1], [0.0]])
+        shares, beyond = self._sorted
         now = produced / limit
         first = np.searchsorted(shares, now, side="right")
         count = len(shares) - first
         mean = beyond[first] / np.maximum(count, 1) - now
         return np.minimum(most, np.ceil(np.maximum(mean, 0.0) * limit - 1e-6).astype(np.int64))
+
+    @functools.cached_property
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Shares in rising order, and the sum of those from each on, of none at the end."""
+        shares = np.sort(np.concatenate([self.recent, np.ones(PRIOR)]))
+        return shares, np.concatenate([np.cumsum(shares[::-1])[::-1], [0.0]])
 
 
 def peak_growth(held: np.ndarray, left: np.ndarray, newcomer_left: int) -> int:
