@@ -48,7 +48,7 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """auto reckons with this profile of the machine; None: with its data sheet."""
     min_offload_tokens: int = 16
     """Prompts shorter than this stay local unless a request asks otherwise."""
-    max_pinned_fraction: float = 0.8
+    max_pinned_fraction: float = 0.9
     """Prefill refuses to pin more than this share of its KV pool."""
     admission: Literal["forecast", "reserve"] = "forecast"
     """How decode keeps room for answers to come: what all will need at most, or SGLang's constant for each."""
@@ -210,9 +210,9 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         "--adrenaline-max-pinned-fraction",
         dest="max_pinned_fraction",
         type=float,
-        default=0.8,
+        default=0.9,
         metavar="F",
-        help="most of the prefill KV pool that offloaded requests may pin (default 0.8)",
+        help="most of the prefill KV pool that offloaded requests may pin (default 0.9)",
     )
     group.add_argument(
         "--adrenaline-admission",

@@ -1,6 +1,7 @@
 """Times of decode steps and prefill from a profile; what the policy and the simulator compute with. Pure.
 
     step(rows, local, remote_i) = fixed + linear(rows) + max(local / rate, round_trip + remote_i / rate_i) + overhead
+    in halves                   = max(fixed + linear of both + local / rate, round_trip + remote_i / rate_i) + overhead
 
 `linear` interpolates the profile's points; rates are KV tokens per second (bytes per second / bytes of a token). Each
 layer waits for its own slowest part; since all layers read alike, the maximum over a step's sums is the same.
@@ -9,7 +10,7 @@ layer waits for its own slowest part; since all layers read alike, the maximum o
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from sglang_adrenaline.policy.sm_share import SharePoint
 from sglang_adrenaline.profile_data import Profile, ShareFigures
@@ -40,6 +41,10 @@ class CostModel:
             cached = self._cache[rows] = self.profile.step_fixed_s + line
         return cached
 
+    def halves_linear_s(self, rows: int) -> float:
+        """The same of a batch that runs as two halves, each of which reads the weights."""
+        return self.linear_s(rows // 2) + self.linear_s(rows - rows // 2) - self.profile.step_fixed_s
+
     def round_trip_s(self, rows: int) -> float:
         """All layers' round trips for so many offloaded rows."""
         points = self.profile.round_trip
@@ -51,14 +56,23 @@ class CostModel:
     def overhead_s(self) -> float:
         return self.layers * self.profile.overhead_layer_s
 
-    def step_s(self, rows: int, local_tokens: float, remote: Iterable[tuple[float, float, float]] = ()) -> float:
-        """remote: (tokens, rate, round trip) for each prefill instance that has a part in the step."""
-        slowest = local_tokens / self.attention_rate
-        overhead = 0.0
-        for tokens, rate, trip_s in remote:
-            slowest = max(slowest, trip_s + tokens / rate)
-            overhead = self.overhead_s
-        return self.linear_s(rows) + slowest + overhead
+    def step_s(
+        self,
+        rows: int,
+        local_tokens: float,
+        remote: Sequence[tuple[float, float, float]] = (),
+        *,
+        halves: bool = False,
+    ) -> float:
+        """remote: (tokens, rate, round trip) for each prefill instance that has a part in the step; halves: the batch
+        runs as two in turn, if any has."""
+        local_s = local_tokens / self.attention_rate
+        if not remote:
+            return self.linear_s(rows) + local_s
+        slowest = max(trip_s + tokens / rate for tokens, rate, trip_s in remote)
+        if halves:
+            return max(self.halves_linear_s(rows) + local_s, slowest) + self.overhead_s
+        return self.linear_s(rows) + max(local_s, slowest) + self.overhead_s
 
     def prefill_s(self, new_tokens: int, cached_tokens: int = 0) -> float:
         """One prompt's own part of a batch (the batch's fixed time excluded)."""

@@ -70,7 +70,7 @@ def test_decide_full_decode_offloads_what_would_not_fit():
     assert auto.state.pressed
 
 
-@pytest.mark.parametrize("changes", [{"pinned_tokens": 180_000}, {"lanes_in_use": 256}], ids=["pool", "lanes"])
+@pytest.mark.parametrize("changes", [{"pinned_tokens": 200_000}, {"lanes_in_use": 256}], ids=["pool", "lanes"])
 def test_decide_full_prefill_keeps_the_request_here(changes):
     auto = decider()
     assert auto.decide("r", prompt(512), LIMIT, "a", BUSY, there(**changes)) == policy.Decision(0, policy.Reason.CAP)
@@ -204,7 +204,7 @@ def test_decide_prompts_that_share_slots_are_attended_to_by_each_row():
 
 def test_decide_pinned_prefix_takes_no_second_room_at_prefill():
     """The cap is all but reached: a fresh prompt stays here, one whose beginning is pinned there already does not."""
-    full = there(pinned_tokens=172_500)
+    full = there(pinned_tokens=194_200)
     assert decider().decide("r", prompt(4096), LIMIT, "a", BUSY, full).split == 0
     assert (
         decider().decide("r", prompt(4096, shared_tokens=4032, cached_tokens=4032), LIMIT, "a", BUSY, full).split

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from figures_of_models import LLAMA2_7B
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_adrenaline import compat
 from sglang_adrenaline.attention.turns import take_turns
 from sglang_adrenaline.channel.calls import StepCalls, calls_of
+from sglang_adrenaline.cost_model import CostModel
 from sglang_adrenaline.errors import ChannelError
+from sglang_adrenaline.profile_data import datasheet_profile
 
 
 def passes(log, first_turns, second_turns):
@@ -111,3 +114,21 @@ def test_batch_rows_are_views_of_what_has_one_entry_a_row():
     batch.input_ids[2] = 70
     assert part.input_ids.tolist() == [70, 3, 4]
     assert batch.batch_size == 5 and len(batch.rids) == 5
+
+
+COST = CostModel(datasheet_profile("H200", LLAMA2_7B))
+
+
+def test_remote_attention_hides_under_all_work_of_a_step_in_halves():
+    local, trip_s = 100_000, 0.001
+    hidden = COST.step_s(400, local)
+    remote = [(0.9 * hidden * COST.attention_rate, COST.attention_rate, trip_s)]
+    whole, halves = COST.step_s(400, local, remote), COST.step_s(400, local, remote, halves=True)
+    assert halves < whole
+    assert halves == pytest.approx(COST.halves_linear_s(400) + local / COST.attention_rate + COST.overhead_s)
+    assert COST.step_s(400, local, halves=True) == COST.step_s(400, local), "no channel takes part"
+
+
+def test_small_batches_lose_by_reading_the_weights_twice():
+    assert COST.halves_linear_s(64) > 1.5 * COST.linear_s(64)
+    assert COST.halves_linear_s(512) == pytest.approx(COST.linear_s(512), rel=0.01)

@@ -338,7 +338,7 @@ def test_bounds_paper_formulas():
         pool_tokens=100_000, pinned_tokens=30_000, attended_tokens=0, lanes_free=1, attention_rate=3e6
     )
     bounds = policy.offload_bounds(BUSY, [peer, peer], policy.LoadSettings(), rows_max=180, rows_slo=100)
-    assert (bounds.memory, bounds.bandwidth, bounds.compute) == (1.6, 1.0, 0.8)
+    assert (bounds.memory, bounds.bandwidth, bounds.compute) == (1.8, 1.0, 0.8)
     assert (bounds.mem, bounds.bound) == (1.0, 0.8)
 
 

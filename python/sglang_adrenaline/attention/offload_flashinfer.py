@@ -74,7 +74,7 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
         self._calls = StepCalls(layers, calls_of(layers, "cuda"))
         splits = self._calls.halves and model_runner.server_args.tp_size == 1
         splits = splits and compat.is_dense(model_runner.model_config)
-        self._halves_from = runtime.config.halves_from if splits else 0
+        self._halves_from = runtime.halves_from = runtime.config.halves_from if splits else 0
         self._halves: dict[int, tuple[Half, Half]] = {}
         """By size of the graph."""
         self._half: Half | None = None

@@ -115,11 +115,14 @@ class LoadDecider:
         admission: Admission,
         *,
         slo_ttft_s: float | None = None,
+        halves_from: int = 0,
     ) -> None:
+        """halves_from: batches of so many rows run as two halves in turn; 0: none does."""
         self.cost, self.settings, self.admission = cost, settings, admission
         self.state = policy.LoadState()
         self.decisions: Counter[str] = Counter()
         self._slo_ttft_s = slo_ttft_s
+        self._halves_from = halves_from
         self._outputs = policy.OutputLengths()
         self._prompt_tokens = 0.0
 
@@ -140,7 +143,8 @@ class LoadDecider:
         growth = here.kept_free.growth(answer_limit, waiting)
         free = here.unclaimed_tokens - sum(one.tokens for one in waiting) - (growth.tokens - growth.own)
         rows = here.rows + len(waiting)
-        linear_s = self.cost.linear_s(rows)
+        halves = self._in_halves(rows)
+        linear_s = self.cost.halves_linear_s(rows) if halves else self.cost.linear_s(rows)
         prompts = self.admission.prompt_tokens
         local = prompts + here.answer_tokens
         view = policy.DecodeView(
@@ -151,7 +155,8 @@ class LoadDecider:
             attention_rate=self.cost.attention_rate,
             expected_tokens=self._outputs.expected_tokens(local, prompts, rows),
             linear_s=linear_s,
-            linear_row_s=self.cost.linear_s(rows + 1) - linear_s if rows else 0.0,
+            linear_row_s=self.cost.linear_s(rows + 1) - self.cost.linear_s(rows) if rows else 0.0,
+            under_s=linear_s if halves else 0.0,
             growth_tokens=growth.own,
         )
         views = {name: self._view(peer) for name, peer in there.items()}
@@ -176,14 +181,15 @@ class LoadDecider:
 
     def predict(self, rows: int, local_tokens: int, there: Mapping[str, There]) -> Predicted:
         """A decode step that reads so much here; `there`: with the lanes and prefixes that it reads."""
+        halves = self._in_halves(rows)
         reading = {name: peer for name, peer in there.items() if peer.attended_tokens}
         remote = [
             (peer.attended_tokens, self._rate(peer) * self.state.rates.get(name, 1.0), self._trip_s(peer.lanes_in_use))
             for name, peer in reading.items()
         ]
         return Predicted(
-            step_s=self.cost.step_s(rows, local_tokens, remote),
-            local_s=local_tokens / self.cost.attention_rate,
+            step_s=self.cost.step_s(rows, local_tokens, remote, halves=halves),
+            local_s=local_tokens / self.cost.attention_rate + (self.cost.halves_linear_s(rows) if halves else 0.0),
             remote={
                 name: (peer.attended_tokens / self._rate(peer), self._trip_s(peer.lanes_in_use))
                 for name, peer in reading.items()
@@ -213,6 +219,9 @@ class LoadDecider:
             cache_reserve_tokens=min(CACHE_RESERVE_TOKENS, peer.pool_tokens // 10),
             prefill_load=peer.prefill_load if peer.executor_share == WHOLE_DEVICE else 0.0,
         )
+
+    def _in_halves(self, rows: int) -> bool:
+        return 0 < self._halves_from <= rows
 
     def _rate(self, peer: There) -> float:
         if peer.executor_share == WHOLE_DEVICE:

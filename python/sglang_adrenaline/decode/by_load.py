@@ -23,8 +23,13 @@ TURNS = 8
 step must not have to wait when many answers end together."""
 
 
-def make_decider(config: AdrenalineConfig, scheduler: Any, admission: Admission, page_size: int) -> LoadDecider:
-    """Raises ConfigError on a profile of another device or model."""
+def make_decider(
+    config: AdrenalineConfig, scheduler: Any, admission: Admission, page_size: int, halves_from: int
+) -> LoadDecider:
+    """halves_from: rows of a batch that runs as two halves, 0 = none does.
+
+    Raises ConfigError on a profile of another device or model.
+    """
     model = auto_cost.served_model(compat.model_config(scheduler))
     cost = auto_cost.for_server(config, model, compat.device_name(scheduler))
     settings = policy.LoadSettings(
@@ -38,6 +43,7 @@ def make_decider(config: AdrenalineConfig, scheduler: Any, admission: Admission,
         cost,
         settings,
         admission,
+        halves_from=halves_from,
         slo_ttft_s=config.objective_s("ttft"),
     )
 

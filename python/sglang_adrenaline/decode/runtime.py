@@ -59,6 +59,8 @@ class DecodeRuntime:
         self.table = OffloadTable()
         self.endpoints: IpcEndpoints | None = None
         """On a GPU: where the kernels of the decode steps find their channels; made by the attention backend."""
+        self.halves_from = 0
+        """Rows of a batch that runs as two halves in turn; the attention backend of a GPU knows. 0: none does."""
         self.offloaded_total = 0
         self.local_total = 0
         self.failed_total = 0
@@ -97,7 +99,7 @@ class DecodeRuntime:
         if self.config.admission == "forecast":
             self.forecast = MemoryForecast(pool.tokens, reserve)
         if ratio == "auto" and self._ranks.is_first:
-            decider = make_decider(self.config, scheduler, self._admission, pool.page_size)
+            decider = make_decider(self.config, scheduler, self._admission, pool.page_size, self.halves_from)
             kept_free = self.forecast or ConstantReserve(reserve, lambda: compat.num_admitted(scheduler))
             self._by_load = ByLoad(decider, scheduler, pool.tokens, kept_free)
         self._shape = local_model_shape(scheduler)

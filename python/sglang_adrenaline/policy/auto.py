@@ -4,7 +4,8 @@ In a step, attention over the suffixes here and over the prefixes of each prefil
 
     t_local = local / rate_d            t_i = round_trip_i + remote_i / rate_i
 
-The step waits for the slowest of them, the water level. C2, the bandwidth condition: a prompt of n tokens may leave P
+where a batch runs as two halves, t_local has the work of all layers on top. The step waits for the slowest of them, the
+water level. C2, the bandwidth condition: a prompt of n tokens may leave P
 on instance i as long as t_i stays under the level, which is raised by the n - P that stay here:
 
     P <= (level of the other instances - round_trip_i) * rate_i - remote_i
@@ -155,7 +156,7 @@ def _hidden(
     remote = _read_after(request, peer, settings)
     fill = (others - peer.round_trip_s) * rate - remote
     local = decode.local_tokens if decode.expected_tokens is None else decode.expected_tokens
-    local_s = (local + request.prompt_len) / decode.attention_rate
+    local_s = (local + request.prompt_len) / decode.attention_rate + decode.under_s
     balance = (local_s - peer.round_trip_s - remote / rate) / (1.0 / rate + 1.0 / decode.attention_rate)
     return max(fill, balance, 0.0)
 

@@ -41,6 +41,9 @@ class DecodeView(msgspec.Struct, frozen=True, kw_only=True):
     """Time of a step at `rows` without attention."""
     linear_row_s: float = 0.0
     """What one more row adds to it."""
+    under_s: float = 0.0
+    """Of a step, under which remote attention hides beside local attention: the work of all layers where a batch runs
+    as two halves in turn (`attention/halves.py`), else nothing."""
     growth_tokens: int = 0
     """Room that admission asks for beside the prompt."""
 
@@ -73,7 +76,7 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int = 1
     min_tokens: int = 16
     """Shorter prompts stay local."""
-    max_pinned_fraction: float = 0.8
+    max_pinned_fraction: float = 0.9
     split_tokens: int = 1024
     """A prompt is split only if both parts have as many; else it is whole here or whole there."""
     max_rows: int = 1 << 30

@@ -83,6 +83,7 @@ def simulate(plan: options.Plan) -> tuple[list[Result], list[Samples]]:
             settings=settings,
             lanes=args.lanes,
             reserve_tokens=args.reserved_decode_tokens,
+            halves_from=args.halves_from if offload is not None else 0,
             forecast=offload is not None and args.admission == "forecast",
             at_arrival=args.decide_at == "arrival",
         )

@@ -35,6 +35,8 @@ class DecodeRules:
     lanes: int
     reserve_tokens: int = 512
     """SGLang's --num-reserved-decode-tokens."""
+    halves_from: int = 0
+    """Rows of a batch that runs as two halves in turn; 0: none does."""
     forecast: bool = False
     """Admit by forecast."""
     at_arrival: bool = False
@@ -164,7 +166,8 @@ class Decode:
         shared = peer.cache.pinned_prefix(request.blocks) if request.blocks else 0
         rows = self.active
         local = self.batch.local + self.coming_local
-        linear = self.cost.linear_s(rows)
+        halves = self._in_halves(rows)
+        linear = self.cost.halves_linear_s(rows) if halves else self.cost.linear_s(rows)
         decision, state = policy.decide_by_load(
             self.state,
             policy.Request(prompt_len=request.prompt, shared_tokens=shared, cached_tokens=shared),
@@ -177,7 +180,8 @@ class Decode:
                 attention_rate=self.cost.attention_rate,
                 expected_tokens=self.outputs.expected_tokens(local, self.local_prompts, rows),
                 linear_s=linear,
-                linear_row_s=self.cost.linear_s(rows + 1) - linear if rows else 0.0,
+                linear_row_s=self.cost.linear_s(rows + 1) - self.cost.linear_s(rows) if rows else 0.0,
+                under_s=linear if halves else 0.0,
                 growth_tokens=growth,
             ),
             {str(p.index): self._view(p) for p in self.prefills},
@@ -280,11 +284,14 @@ class Decode:
             return None
         fixed, remote = self.cost.linear_s(batch.rows), 0.0
         if self.remote_rows:
+            under = 0.0
+            if self._in_halves(batch.rows):
+                fixed = under = self.cost.halves_linear_s(batch.rows)
             fixed += self.cost.overhead_s
             trip = self.cost.round_trip_s(self.remote_rows)
             for peer in self.prefills:
                 if self.remote[peer.index]:
-                    remote = max(remote, trip + peer.read_tokens / peer.rate)
+                    remote = max(remote, trip + peer.read_tokens / peer.rate - under)
         if len(self._order) > 4 * batch.rows + 16:
             self._order = [request for request in self._order if request.stamp >= 0]
         end = batch.plan(max((self.pool - self.used) // batch.rows, 1), fixed, remote)
@@ -292,6 +299,9 @@ class Decode:
             if self.remote[peer.index]:
                 peer.step_s = batch.step_s()
         return end
+
+    def _in_halves(self, rows: int) -> bool:
+        return 0 < self.rules.halves_from <= rows
 
     def _observe(self) -> None:
         """Report waits to the policy now and then; they are those of the slowest prefill instance."""
@@ -301,6 +311,7 @@ class Decode:
             return
         slowest = max(self.prefills, key=lambda peer: peer.read_tokens / peer.rate if self.remote[peer.index] else -1.0)
         step_s = (batch.busy_s - self._seen_busy) / steps
+        under = self.cost.halves_linear_s(batch.rows) if self._in_halves(batch.rows) else 0.0
         mean_local = max(batch.local - batch.rows * min(steps, OBSERVE_STEPS) / 2, 0)
         self.state = policy.observe(
             self.state,
@@ -310,7 +321,7 @@ class Decode:
                 step_s=step_s,
                 predicted_step_s=step_s,
                 exposed_wait_s=(batch.exposed_s - self._seen_exposed) / steps,
-                local_s=mean_local / self.cost.attention_rate,
+                local_s=mean_local / self.cost.attention_rate + under,
                 remote_s=slowest.read_tokens / slowest.told_rate,
                 round_trip_s=self.cost.round_trip_s(self.remote_rows),
             ),

@@ -72,7 +72,7 @@ def parser() -> OneLineParser:
     rules.add_argument("--slo-ttft-ms", type=number(1e-3, 1e9), metavar="MS")
     rules.add_argument("--slo-tpot-ms", type=number(1e-3, 1e9), metavar="MS")
     rules.add_argument("--lanes", type=count(4096), default=256, metavar="N", help="of a prefill instance (256)")
-    rules.add_argument("--max-pinned-fraction", type=number(0.01, 1), default=0.8, metavar="F")
+    rules.add_argument("--max-pinned-fraction", type=number(0.01, 1), default=0.9, metavar="F")
     rules.add_argument(
         "--executor-share",
         type=_share,
@@ -88,6 +88,13 @@ def parser() -> OneLineParser:
         default=512,
         metavar="N",
         help="SGLang's --num-reserved-decode-tokens (512)",
+    )
+    rules.add_argument(
+        "--halves-from",
+        type=number(0, 1 << 20, int),
+        default=192,
+        metavar="N",
+        help="Adrenaline's batches of at least N rows run as two halves in turn (192, as on GPUs; 0: none)",
     )
     rules.add_argument(
         "--admission",
