@@ -107,7 +107,7 @@ def decide_by_load(
         level = _hidden(state, request, target, decode, prefill, settings)
         hidden = min(level, spare)
         if reused < 0.5:
-            hidden *= 1.0 - settings.reuse_reserve * reuse
+            hidden *= 1.0 - settings.reuse_reserve * state.reuse
         overflow = min(_overflow(state, decode, rate, peer, settings), spare) if pressed else 0.0
         decision = _decide(request, hidden, overflow, decode, peer, settings)
         if level <= spare and decision.reason in (Reason.LEVEL, Reason.HIDDEN):
