@@ -33,6 +33,7 @@ MODEL = Path(__file__).parent / "models" / "cpu-mha"
 AUTO = "auto"
 PREFILL_POOL = 60_000
 IDLE_S = 20.0
+LEARNT = ("duty", "local_rate", "executor_rates", "round_trip_extra_ms", "step_extra_ms")
 COUNTERS = ("offloaded_total", "local_total", "failed_total", "exposed_wait_ms_total", "steps")
 
 
@@ -58,6 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ratios", default="0,0.3,0.5,0.7,1", help="fixed ratios, with commas (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of all settings (default 3)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of requests (default 1)")
+    parser.add_argument("--phases", nargs="+", choices=[p.name for p in PHASES], default=[p.name for p in PHASES])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--decode-pool", type=int, default=DECODE_POOL, help="tokens (default %(default)s)")
     parser.add_argument("--adrenaline-args", default="", help="further --adrenaline-* flags of the servers")
@@ -111,7 +113,7 @@ def run_setting(group: Group, setting: str, round_: int, args: argparse.Namespac
     """All phases, one after the other."""
     empty(group)
     state, results = policy.State(), []
-    for phase in PHASES:
+    for phase in [phase for phase in PHASES if phase.name in args.phases]:
         prompts = phase.prompts(args.seed + round_, args.scale)
         # A token an event would cost the servers' front ends as much as a small model's step.
         sampling: list[dict[str, Any]] = [{"stream_interval": 8} for _ in prompts]
@@ -150,7 +152,7 @@ def run_phase(
         mean_tpot_ms=1e3 * statistics.fmean(timing.tpot_s for timing in timings),
         prefill_load=load,
         rose=rose,
-        learnt={name: status[name] for name in ("executor_rates", "step_extra_ms")},
+        learnt={name: status[name] for name in LEARNT},
     )
 
 
@@ -184,7 +186,8 @@ def rates(results: Sequence[Measured]) -> dict[str, dict[str, float]]:
     table: dict[str, dict[str, float]] = {}
     for setting in settings:
         mine = [result for result in results if result.setting == setting]
-        rows = {phase.name: [r.tokens / r.seconds for r in mine if r.phase == phase.name] for phase in PHASES}
+        phases = dict.fromkeys(result.phase for result in mine)
+        rows = {phase: [r.tokens / r.seconds for r in mine if r.phase == phase] for phase in phases}
         rows["overall"] = [
             sum(r.tokens for r in mine if r.round == one) / sum(r.seconds for r in mine if r.round == one)
             for one in sorted({r.round for r in mine})
@@ -196,7 +199,7 @@ def rates(results: Sequence[Measured]) -> dict[str, dict[str, float]]:
 def print_table(results: Sequence[Measured]) -> None:
     """Medians; `auto / best` compares with the best fixed ratio of the same column. Then what auto decided."""
     table = rates(results)
-    columns = [*(phase.name for phase in PHASES), "overall"]
+    columns = list(next(iter(table.values())))
     line = "| {:>11} |" + " {:>15} |" * len(columns)
     print(line.format("output tok/s", *columns))
     print("|" + "---|" * (len(columns) + 1))
@@ -217,7 +220,7 @@ def plot(results: Sequence[Measured], path: str) -> None:
     from matplotlib.figure import Figure
 
     table = rates(results)
-    columns = [*(phase.name for phase in PHASES), "overall"]
+    columns = list(next(iter(table.values())))
     figure = Figure(figsize=(13, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, name in zip(figure.subplots(1, len(columns)), columns, strict=True):

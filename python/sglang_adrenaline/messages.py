@@ -177,6 +177,10 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """Work of prompts that arrive, in seconds of the device alone per second."""
     executor_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     """Of the device's SMs, set apart for the executor; 0: executor and prefill use all."""
+    busy_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0
+    """Seconds that this decode rank's executor has computed so far, waits for queries left out; 0: not measured."""
+    read_tokens: Count = 0
+    """Prefix tokens that it has attended to in that time, each step's once."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):

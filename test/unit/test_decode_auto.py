@@ -11,7 +11,14 @@ from sglang_adrenaline.cost_model import CostModel
 from sglang_adrenaline.decode.auto import Admission, Here, LoadDecider, There, most_utilisation
 from sglang_adrenaline.decode.memory import ConstantReserve, Promised
 from sglang_adrenaline.decode.prefixes import BLOCK_TOKENS, KeptPrefixes, block_names
-from sglang_adrenaline.decode.step_times import OBSERVE_STEPS, PREDICT_EVERY, LinkTotals, Predicted, StepTimes
+from sglang_adrenaline.decode.step_times import (
+    OBSERVE_STEPS,
+    PREDICT_EVERY,
+    LinkTotals,
+    Predicted,
+    RemotePart,
+    StepTimes,
+)
 from sglang_adrenaline.policy import PrefillLoad
 from sglang_adrenaline.policy.sm_share import MARGIN, predicted_ttft_s
 from sglang_adrenaline.profile_data import datasheet_profile
@@ -162,7 +169,8 @@ def test_answered_lengths_raise_what_local_attention_is_expected_to_read():
 def test_observe_long_waits_slow_the_executors_rate_down():
     auto, reading = decider(), there(attended_tokens=200_000, lanes_in_use=100)
     before = auto.predict(150, 120_000, reading)
-    remote_s, trip_s = before.remote["a"]
+    part = before.remote["a"]
+    remote_s, trip_s = part.attention_s, part.round_trip_s
     for _ in range(auto.settings.patience):
         auto.observe(
             policy.Observation(
@@ -259,7 +267,7 @@ def test_step_times_report_each_link_once_a_window():
             wanted = times.add(0.02)
             assert wanted == ((number + 1) % PREDICT_EVERY == 0)
             if wanted:
-                times.predicted(Predicted(0.025, 0.01, {"a": (0.008, 0.001)}))
+                times.predicted(Predicted(0.025, 0.01, {"a": RemotePart(8_000, 0.008, 0.001)}))
             links = [LinkTotals(3, "a", steps, wait_s), LinkTotals(4, "b", 0, 0.0)]
             seen = times.observations(links)
             assert not seen or number == OBSERVE_STEPS - 1
@@ -272,6 +280,81 @@ def test_step_times_report_each_link_once_a_window():
     (second,) = window(180, 0.4)
     assert (second.steps, second.exposed_wait_s) == (100, 0.0)
     assert window(180, 0.4) == []
+
+
+def observed(times: StepTimes, parts: dict[str, RemotePart], totals: list[LinkTotals]) -> list[policy.Observation]:
+    """What one window of steps tells, in all of which `parts` took part."""
+    for number in range(OBSERVE_STEPS):
+        if times.add(0.02):
+            times.predicted(Predicted(0.025, 0.01, parts))
+        seen = times.observations(totals)
+        assert not seen or number == OBSERVE_STEPS - 1
+    return seen
+
+
+def test_step_times_tell_what_was_measured_here_and_there():
+    times, parts = StepTimes(), {"a": RemotePart(8_000, 0.008, 0.001)}
+    (first,) = observed(times, parts, [LinkTotals(3, "a", 10, 0.02, 0.1, busy_s=0.5, read_tokens=100_000)])
+    assert (first.local_span_s, first.answer_s, first.executor_s) == pytest.approx((0.01, 0.012, 8_000 / 200_000))
+    # No report since: what the last one said still holds.
+    (second,) = observed(times, parts, [LinkTotals(3, "a", 20, 0.02, 0.3, busy_s=0.5, read_tokens=100_000)])
+    assert (second.local_span_s, second.answer_s, second.executor_s) == pytest.approx((0.02, 0.02, 8_000 / 200_000))
+    # The next session of the same instance begins anew.
+    (third,) = observed(times, parts, [LinkTotals(4, "a", 10, 0.0, 0.0)])
+    assert (third.local_span_s, third.answer_s, third.executor_s) == (0.0, 0.0, 0.0)
+
+
+def test_step_times_of_two_links_take_the_span_without_a_wait_for_local_attention():
+    """Answers are taken one link after the other, so the second link's span has the first one's wait in it."""
+    parts = {name: RemotePart(8_000, 0.008, 0.001) for name in "ab"}
+    totals = [LinkTotals(0, "a", 10, 0.05, 0.1), LinkTotals(1, "b", 10, 0.01, 0.16)]
+    first, second = observed(StepTimes(), parts, totals)
+    assert first.local_span_s == second.local_span_s == pytest.approx(0.01)
+    assert (first.answer_s, second.answer_s) == pytest.approx((0.015, 0.017))
+
+
+def test_observe_measured_rates_change_decisions_and_predictions_after_one_window():
+    """Local attention takes twice, the executor half of what data sheets say."""
+    auto, reading = decider(), there(attended_tokens=100_000, lanes_in_use=100)
+    before = auto.predict(150, 120_000, reading)
+    part = before.remote["a"]
+    assert auto.decide("r", prompt(4096), LIMIT, "a", here(rows=150, used=95_000), reading).split == 0
+    auto.observe(
+        policy.Observation(
+            peer="a",
+            steps=16,
+            step_s=before.step_s + before.local_s,
+            predicted_step_s=before.step_s,
+            exposed_wait_s=0.0,
+            local_s=before.local_s,
+            remote_s=part.attention_s,
+            round_trip_s=part.round_trip_s,
+            local_span_s=2 * before.local_s,
+            answer_s=2 * before.local_s,
+            executor_s=part.attention_s / 2,
+        )
+    )
+    status = auto.status()
+    assert (status["local_rate"], status["executor_rates"]["a"]) == (0.5, 2.0)
+    after = auto.predict(150, 120_000, reading)
+    assert after.step_s == pytest.approx(before.step_s + before.local_s)
+    assert (after.local_s, after.remote) == (before.local_s, before.remote)
+    assert auto.decide("s", prompt(4096), LIMIT, "a", here(rows=150, used=95_000), reading).split == 4096
+
+
+def test_decide_prompts_that_are_still_computed_hold_memory_but_take_no_time_of_steps():
+    """Decode is full of requests that wait for prefill: another one that takes no memory here lengthens no step."""
+
+    def decided(running: int) -> policy.Decision | None:
+        auto = decider()
+        for _ in range(100):
+            auto.stepped(running, 100)
+        full = here(rows=100, used=POOL - 100 * RESERVE - 520)
+        peers = there(attended_tokens=168_000, lanes_in_use=100)
+        return auto.decide("r", prompt(512), LIMIT, "a", full, peers)
+
+    assert decided(100) is None
+    assert decided(10) == policy.Decision(512, policy.Reason.OVERFLOW)
 
 
 def test_settings_of_a_request_keep_everything_but_prefills_utilisation():

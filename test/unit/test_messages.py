@@ -66,6 +66,16 @@ FROM_PREFILL = [
     messages.Stats(
         pool_tokens=100, free_tokens=50, pinned_tokens=25, pinned_requests=2, lanes=128, lanes_in_use=2, steps=7
     ),
+    messages.Stats(
+        pool_tokens=9,
+        free_tokens=5,
+        pinned_tokens=2,
+        pinned_requests=2,
+        lanes=8,
+        lanes_in_use=2,
+        busy_s=1.5,
+        read_tokens=7,
+    ),
     messages.Heartbeat(),
     messages.Bye(),
 ]

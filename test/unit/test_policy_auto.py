@@ -3,10 +3,12 @@
 import itertools
 
 import msgspec
-from hypothesis import given
+import pytest
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sglang_adrenaline import policy
+from sglang_adrenaline.policy.pace import FASTEST, SLOWEST, Pace
 from sglang_adrenaline.policy.views import pin_room
 
 tokens = st.integers(0, 200_000)
@@ -50,10 +52,14 @@ peers = st.builds(
     prefill_load=st.floats(0, 1.5),
 )
 fleets = st.dictionaries(st.sampled_from("abcd"), peers, min_size=1).filter(lambda fleet: "a" in fleet)
+paces = st.builds(Pace, predicted_s=st.floats(0, 1), took_s=st.floats(0, 1))
 states = st.builds(
     policy.LoadState,
     pressed=st.booleans(),
     reuse=st.floats(0, 1),
+    local_pace=paces,
+    paces=st.dictionaries(st.sampled_from("abcd"), paces),
+    trips=st.dictionaries(st.sampled_from("abcd"), st.floats(-2e-3, 5e-3)),
     rates=st.dictionaries(st.sampled_from("abcd"), st.floats(0.25, 2)),
     extra_s=st.floats(-0.01, 0.05),
 )
@@ -99,19 +105,24 @@ def test_decide_hidden_split_is_never_what_the_step_waits_for(state, request, de
         return
 
     def time_of(name, read):
-        rate = fleet[name].attention_rate * state.rates.get(name, 1.0)
-        return fleet[name].round_trip_s + (fleet[name].attended_tokens + read) / rate
+        rate = fleet[name].attention_rate * state.rate_of(name)
+        return state.trip_s(name, fleet[name].round_trip_s) + (fleet[name].attended_tokens + read) / rate
 
     own = time_of("a", decision.split - (request.shared_tokens if rules.shared_read else 0))
-    local = (decode.local_tokens + request.prompt_len - decision.split) / decode.attention_rate
+    # A prompt too short to be split may be waited for, if not as long as local attention with all of it would take.
+    stays = request.prompt_len if request.prompt_len < 2 * rules.split_tokens else request.prompt_len - decision.split
+    local = (decode.local_tokens + stays) / (decode.attention_rate * state.local_pace.rate)
     others = [time_of(name, 0) for name in fleet if name != "a" and fleet[name].attended_tokens]
-    assert own <= max([local, *others]) + 2 / fleet["a"].attention_rate / min(state.rates.get("a", 1.0), 1) + 1e-9
+    assert own <= max([local, *others]) + 2 / fleet["a"].attention_rate / min(state.rate_of("a"), 1) + 1e-9
 
 
 @given(states, requests, decodes, fleets, settings)
 def test_decide_every_dict_order_decides_alike(state, request, decode, fleet, rules):
     backwards = dict(reversed(fleet.items()))
-    mirrored = msgspec.structs.replace(state, rates=dict(reversed(state.rates.items())))
+    mirrored = msgspec.structs.replace(
+        state,
+        **{name: dict(reversed(getattr(state, name).items())) for name in ("rates", "paces", "trips")},
+    )
     assert policy.decide_by_load(state, request, "a", decode, fleet, rules) == policy.decide_by_load(
         mirrored, request, "a", decode, backwards, rules
     )
@@ -231,7 +242,8 @@ def test_decide_prefill_with_all_its_time_needed_is_left_alone():
     request, rules = policy.Request(prompt_len=900), policy.LoadSettings()
     busy = {"a": msgspec.structs.replace(IDLE["a"], prefill_load=0.95)}
     assert split(policy.LoadState(), request, BUSY, IDLE, rules) == 900
-    assert split(policy.LoadState(), request, BUSY, busy, rules) == 0
+    decision, _ = policy.decide_by_load(policy.LoadState(), request, "a", BUSY, busy, rules)
+    assert decision == policy.Decision(0, policy.Reason.PREFILL)
 
 
 def test_decide_pressure_comes_and_goes_with_hysteresis():
@@ -247,12 +259,67 @@ def test_decide_pressure_comes_and_goes_with_hysteresis():
 
 def test_decide_reused_prefixes_keep_room_from_fresh_ones():
     state, rules = policy.LoadState(reuse=1.0), policy.LoadSettings(reuse_reserve=0.25)
-    fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=49_000, pinned_tokens=49_000)}
+    fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=49_900, pinned_tokens=49_900)}
     fresh = policy.Request(prompt_len=900)
     reused = policy.Request(prompt_len=900, cached_tokens=800)
     assert split(policy.LoadState(), fresh, BUSY, fleet, rules) == 900
     assert split(state, fresh, BUSY, fleet, rules) == 0
     assert split(state, reused, BUSY, fleet, rules) == 900
+
+
+@given(states, requests, decodes, fleets, settings, st.floats(1, 4))
+def test_decide_slower_attention_here_or_faster_there_never_offloads_less(state, request, decode, fleet, rules, factor):
+    """As long as decode's memory is not what decides."""
+    assume(request.prompt_len + decode.growth_tokens <= decode.pool_tokens)
+    state = msgspec.structs.replace(state, pressed=False)
+    decode = msgspec.structs.replace(decode, free_tokens=decode.pool_tokens)
+    before = split(state, request, decode, fleet, rules)
+    slower = msgspec.structs.replace(decode, attention_rate=decode.attention_rate / factor)
+    faster = fleet | {"a": msgspec.structs.replace(fleet["a"], attention_rate=fleet["a"].attention_rate * factor)}
+    assert split(state, request, slower, fleet, rules) >= before
+    assert split(state, request, decode, faster, rules) >= before
+
+
+def test_decide_short_prompt_goes_where_the_step_is_shorter_with_it():
+    """Three small prompts and an executor that is three times as fast: one more of them would take longer there."""
+    state, places = policy.LoadState(), []
+    local = remote = 0
+    for _ in range(4):
+        decode = msgspec.structs.replace(BUSY, local_tokens=local, rows=1, attention_rate=2e6)
+        fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=remote, pinned_tokens=remote)}
+        decision, state = policy.decide_by_load(
+            state, policy.Request(prompt_len=500), "a", decode, fleet, policy.LoadSettings()
+        )
+        places.append(decision.split)
+        remote += decision.split
+        local += 500 - decision.split
+    assert places == [500, 500, 0, 500]
+
+
+measurements = st.tuples(st.floats(1e-5, 0.1), st.floats(1e-5, 0.1))
+
+
+@given(st.lists(measurements, min_size=1, max_size=30))
+def test_pace_lies_between_the_single_measurements(measured):
+    pace = Pace()
+    for predicted_s, took_s in measured:
+        pace = pace.add(predicted_s, took_s)
+    single = [Pace().add(*one).rate for one in measured]
+    assert SLOWEST <= min(single) - 1e-9 <= pace.rate <= max(single) + 1e-9 <= FASTEST + 1e-9 or min(single) == SLOWEST
+
+
+@given(st.lists(measurements, max_size=9), measurements, st.floats(1, 10))
+def test_pace_slower_measurement_never_makes_it_faster(before, last, factor):
+    pace = Pace()
+    for one in before:
+        pace = pace.add(*one)
+    predicted_s, took_s = last
+    assert pace.add(predicted_s, took_s * factor).rate <= pace.add(predicted_s, took_s).rate
+
+
+def test_pace_without_measurements_is_as_predicted():
+    assert Pace().rate == 1.0
+    assert Pace().add(0.0, 0.01) == Pace().add(0.01, 0.0) == Pace()
 
 
 STEP_S, LOCAL_S = 0.02, 0.01
@@ -320,6 +387,61 @@ def test_observe_longer_steps_than_predicted_count_as_fixed_time():
         longer = msgspec.structs.replace(seen(0.0), step_s=STEP_S + 0.008)
         state = policy.observe(state, longer, policy.LoadSettings())
     assert abs(state.extra_s - 0.008) < 1e-4
+
+
+def measured(local_rate, remote_rate, remote_s=LOCAL_S, trip_s=0.0):
+    """Of a step whose two parts ran side by side at such rates, as shares of the views'."""
+    span_s, executor_s = LOCAL_S / local_rate, remote_s / remote_rate
+    answer_s = max(span_s, trip_s + executor_s)
+    return msgspec.structs.replace(
+        seen(answer_s - span_s, remote_s=remote_s),
+        round_trip_s=1e-4,
+        local_span_s=span_s,
+        answer_s=answer_s,
+        executor_s=executor_s,
+    )
+
+
+measured_rates = st.floats(0.2, 4.0)
+
+
+@given(measured_rates, measured_rates)
+def test_observe_measured_rates_are_known_after_one_window(local_rate, remote_rate):
+    state = policy.observe(policy.LoadState(), measured(local_rate, remote_rate), policy.LoadSettings())
+    assert state.local_pace.rate == pytest.approx(local_rate)
+    assert state.rate_of("a") == pytest.approx(remote_rate)
+    assert not state.votes and not state.rates
+
+
+@given(st.lists(st.tuples(st.floats(0.8, 1.2), st.floats(0.8, 1.2)), min_size=2, max_size=40))
+def test_observe_noise_of_measurements_does_not_grow(noise):
+    """Rates stay within the noise, whatever they are decided by: nothing is tried beyond what was measured."""
+    state, rules = policy.LoadState(limited=True), policy.LoadSettings()
+    for here, there in noise:
+        state = policy.observe(state, measured(0.5 * here, 2.0 * there), rules)
+        assert state.local_pace.rate + 1e-9 >= 0.4 and state.local_pace.rate <= 0.6 + 1e-9
+        assert state.rate_of("a") + 1e-9 >= 1.6 and state.rate_of("a") <= 2.4 + 1e-9
+
+
+@given(st.floats(0, 0.02), st.floats(0.25, 4.0))
+def test_observe_waits_tell_round_trips_and_hidden_ones_do_not_lengthen_them(trip_s, remote_s):
+    """True rates, other round trips than predicted."""
+    state, rules = policy.LoadState(), policy.LoadSettings()
+    one = measured(1.0, 1.0, remote_s * LOCAL_S, trip_s)
+    for _ in range(30):
+        state = policy.observe(state, one, rules)
+    learnt = state.trip_s("a", one.round_trip_s)
+    if one.exposed_wait_s > one.local_span_s * 1.001:
+        assert learnt == pytest.approx(trip_s, abs=1e-6)
+    elif one.exposed_wait_s < one.local_span_s * 0.999:
+        assert 0.0 <= learnt <= one.round_trip_s + 1e-9
+
+
+def test_observe_executor_that_reported_once_is_never_guessed_again():
+    state = policy.observe(policy.LoadState(limited=True), measured(1.0, 1.5), policy.LoadSettings())
+    for _ in range(9):
+        state = policy.observe(state, seen(0.0), policy.LoadSettings())
+    assert state.rate_of("a") == pytest.approx(1.5) and not state.votes
 
 
 @given(st.permutations(["a", "b", "c"]))

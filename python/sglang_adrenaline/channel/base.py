@@ -109,6 +109,11 @@ class DecodeEnd(Protocol):
     def exposed_wait_s(self) -> float:
         """Time spent waiting for answers since the channel was opened, by the thread or by the GPU's stream."""
 
+    @property
+    def local_span_s(self) -> float:
+        """Time from a layer's queries having been sent to the beginning of the wait for their answers, over all layers
+        since the channel was opened: what attention here took beside the executor's. 0.0 where it is not measured."""
+
     steps: int
     """Number of the newest step, 0 before the first."""
 

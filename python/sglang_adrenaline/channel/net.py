@@ -179,6 +179,7 @@ class NetDecodeEnd(_End):
     def __init__(self, wire: Wire, shape: ChannelShape, wait_timeout: float) -> None:
         super().__init__(wire, shape.num_layers, (_ANSWER,))
         self.exposed_wait_s = 0.0
+        self.local_span_s = 0.0
         self.steps = 0
         self._max_lanes = shape.lanes
         self._wait_timeout = wait_timeout
@@ -188,6 +189,7 @@ class NetDecodeEnd(_End):
         self._lanes: tuple[int, ...] | None = None
         self._lane_table = torch.empty(0, dtype=torch.int32)
         self._sent = -1
+        self._sent_at = 0.0
         self._open = False
 
     def begin_step(self, lanes: Sequence[int]) -> int:
@@ -219,12 +221,14 @@ class NetDecodeEnd(_End):
         lane_room.fill("lanes", self._lane_table)
         self._sent = layer
         self._wire.send(self._out.message(_CALL, rows, layer, self.steps))
+        self._sent_at = time.perf_counter()
 
     def recv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._live()
         if not self._open or layer != self._sent:
             raise ChannelError(f"no q of layer {layer} is under way (last sent: {self._sent}, step {self.steps})")
         layout, start = self._in[layer & 1], time.perf_counter()
+        self.local_span_s += start - self._sent_at
         try:
             self._wait(layout, layer, start + self._wait_timeout)
         except PeerLostError as error:

@@ -127,11 +127,13 @@ class ShmDecodeEnd(_End):
     def __init__(self, segment: Segment, wait_timeout: float, peer: str) -> None:
         super().__init__(segment, seg.DECODE_ABORT, seg.EXECUTOR_ABORT, peer)
         self.exposed_wait_s = 0.0
+        self.local_span_s = 0.0
         self.steps = 0
         self._wait_timeout = wait_timeout
         self._lanes: tuple[int, ...] | None = None
         self._step_views: list[tuple[Room, Room, Room]] = []
         self._sent = -1
+        self._sent_at = 0.0
         self._open = False
 
     def begin_step(self, lanes: Sequence[int]) -> int:
@@ -169,11 +171,13 @@ class ShmDecodeEnd(_End):
         self._sent = layer
         segment.u32[_Q] = (self.steps * self._num_layers + layer) & _MASK
         self._q_futex.wake()
+        self._sent_at = time.perf_counter()
 
     def recv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         segment = self._live()
         if not self._open or layer != self._sent:
             raise ChannelError(f"no q of layer {layer} is under way (last sent: {self._sent}, step {self.steps})")
+        self.local_span_s += time.perf_counter() - self._sent_at
         if segment.u32[_A] != (self.steps * self._num_layers + layer) & _MASK:
             self._wait(segment, layer)
         if self._fence:

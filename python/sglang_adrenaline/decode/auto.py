@@ -19,7 +19,7 @@ import msgspec
 from sglang_adrenaline import policy
 from sglang_adrenaline.cost_model import WHOLE_DEVICE, CostModel
 from sglang_adrenaline.decode.memory import KeptFree, Promised
-from sglang_adrenaline.decode.step_times import Predicted
+from sglang_adrenaline.decode.step_times import Predicted, RemotePart
 from sglang_adrenaline.policy.sm_share import MARGIN
 
 CACHE_RESERVE_TOKENS = 8192
@@ -124,6 +124,7 @@ class LoadDecider:
         self._slo_ttft_s = slo_ttft_s
         self._halves_from = halves_from
         self._outputs = policy.OutputLengths()
+        self._duty = policy.Duty()
         self._prompt_tokens = 0.0
 
     def decide(
@@ -154,6 +155,7 @@ class LoadDecider:
             rows=rows,
             attention_rate=self.cost.attention_rate,
             expected_tokens=self._outputs.expected_tokens(local, prompts, rows),
+            duty=self._duty.share,
             linear_s=linear_s,
             linear_row_s=self.cost.linear_s(rows + 1) - self.cost.linear_s(rows) if rows else 0.0,
             under_s=linear_s if halves else 0.0,
@@ -179,29 +181,41 @@ class LoadDecider:
         if output_tokens > 0:
             self._outputs = self._outputs.add(output_tokens)
 
+    def stepped(self, running: int, rows: int) -> None:
+        """A step of so many requests, of those that had a row."""
+        self._duty = self._duty.add(running, rows + len(self.admission.waiting))
+
     def predict(self, rows: int, local_tokens: int, there: Mapping[str, There]) -> Predicted:
         """A decode step that reads so much here; `there`: with the lanes and prefixes that it reads."""
-        halves = self._in_halves(rows)
+        state, halves = self.state, self._in_halves(rows)
         reading = {name: peer for name, peer in there.items() if peer.attended_tokens}
-        remote = [
-            (peer.attended_tokens, self._rate(peer) * self.state.rates.get(name, 1.0), self._trip_s(peer.lanes_in_use))
+        parts = {
+            name: RemotePart(
+                peer.attended_tokens, peer.attended_tokens / self._rate(peer), self._trip_s(peer.lanes_in_use)
+            )
+            for name, peer in reading.items()
+        }
+        measured = [
+            (peer.attended_tokens, self._rate(peer) * state.rate_of(name), state.trip_s(name, parts[name].round_trip_s))
             for name, peer in reading.items()
         ]
         return Predicted(
-            step_s=self.cost.step_s(rows, local_tokens, remote, halves=halves),
-            local_s=local_tokens / self.cost.attention_rate + (self.cost.halves_linear_s(rows) if halves else 0.0),
-            remote={
-                name: (peer.attended_tokens / self._rate(peer), self._trip_s(peer.lanes_in_use))
-                for name, peer in reading.items()
-            },
+            step_s=self.cost.step_s(rows, local_tokens / state.local_pace.rate, measured, halves=halves),
+            local_s=local_tokens / self.cost.attention_rate,
+            under_s=self.cost.halves_linear_s(rows) if halves else 0.0,
+            remote=parts,
         )
 
     def status(self) -> dict[str, Any]:
         """For the status page: memory pressure, and what measured steps have corrected."""
+        state = self.state
         return {
-            "pressed": self.state.pressed,
-            "executor_rates": {name: round(rate, 3) for name, rate in self.state.rates.items()},
-            "step_extra_ms": round(1e3 * self.state.extra_s, 3),
+            "pressed": state.pressed,
+            "duty": round(self._duty.share, 3),
+            "local_rate": round(state.local_pace.rate, 3),
+            "executor_rates": {name: round(state.rate_of(name), 3) for name in {**state.rates, **state.paces}},
+            "round_trip_extra_ms": {name: round(1e3 * trip_s, 3) for name, trip_s in state.trips.items()},
+            "step_extra_ms": round(1e3 * state.extra_s, 3),
         }
 
     def observe(self, seen: policy.Observation) -> None:

@@ -76,16 +76,12 @@ class ByLoad:
             return
         if self._times.add(took):
             running = compat.running_requests(self._scheduler)
+            self.decider.stepped(len(running), compat.num_admitted(self._scheduler))
             there = prefill_now(offloads, peers, reading=True)
             tokens = sum(compat.prompt_len(req) + compat.output_len(req) for req in running)
             local = tokens - sum(peer.attended_tokens for peer in there.values())
             self._times.predicted(self.decider.predict(len(running), max(local, 0), there))
-        totals = (
-            LinkTotals(link.index, link.peer.name, link.channel.steps, link.channel.exposed_wait_s)
-            for link in links
-            if link.alive
-        )
-        for seen in self._times.observations(totals):
+        for seen in self._times.observations(_totals(link) for link in links if link.alive):
             self.decider.observe(seen)
 
     def decide(
@@ -123,6 +119,19 @@ class ByLoad:
             answer_tokens=sum(map(compat.output_len, compat.running_requests(self._scheduler))),
             rows=compat.num_admitted(self._scheduler),
         )
+
+
+def _totals(link: Link) -> LinkTotals:
+    channel, stats = link.channel, link.peer.stats
+    return LinkTotals(
+        link.index,
+        link.peer.name,
+        channel.steps,
+        channel.exposed_wait_s,
+        channel.local_span_s,
+        stats.busy_s if stats is not None else 0.0,
+        stats.read_tokens if stats is not None else 0,
+    )
 
 
 def prefill_now(offloads: Iterable[Offload], peers: Iterable[Peer], *, reading: bool) -> dict[str, There]:

@@ -1,4 +1,4 @@
-"""Measured decode steps, gathered for the policy's feedback: step times, predicted ones, and waits of each link."""
+"""Measured decode steps, gathered for the policy's feedback: step times, predicted ones, links' waits and speeds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import fmean
 
 from sglang_adrenaline import policy
 
-OBSERVE_STEPS = 32
+OBSERVE_STEPS = 16
 PREDICT_EVERY = 8
 
 
@@ -20,15 +20,30 @@ class LinkTotals:
     peer: str
     steps: int
     exposed_wait_s: float
+    local_span_s: float = 0.0
+    busy_s: float = 0.0
+    """Of the executor, with what it read in that time, by its newest report; 0: not measured."""
+    read_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class RemotePart:
+    """What a prefill instance has to do with a step. Seconds: predicted, at the rate of its view."""
+
+    tokens: int
+    attention_s: float
+    round_trip_s: float
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """One step by the cost model, in seconds. remote: of each prefill instance (attention, round trips)."""
+    """One step by the cost model, in seconds; step_s: with what measured steps have corrected, local_s: without."""
 
     step_s: float
     local_s: float
-    remote: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    remote: Mapping[str, RemotePart] = field(default_factory=dict)
+    under_s: float = 0.0
+    """What else of the step remote attention hides under."""
 
 
 class StepTimes:
@@ -39,6 +54,8 @@ class StepTimes:
         self._step_s = 0.0
         self._predicted: list[Predicted] = []
         self._before: dict[int, LinkTotals] = {}
+        self._reached: dict[int, float] = {}
+        """Tokens a second that a link's executor read by the newest report that told."""
 
     def add(self, step_s: float) -> bool:
         """A step took `step_s` from its launch to the next one's. Whether a prediction for it is wanted."""
@@ -53,25 +70,55 @@ class StepTimes:
         """At the end of a window, one for each link that took part in it; none before."""
         if self._steps < OBSERVE_STEPS:
             return []
-        seen = []
         now = {link.index: link for link in links}
-        for index, link in now.items():
-            before = self._before.get(index, LinkTotals(index, link.peer, 0, 0.0))
-            steps = link.steps - before.steps
-            parts = [step.remote[link.peer] for step in self._predicted if link.peer in step.remote]
-            if steps > 0 and parts:
-                seen.append(
-                    policy.Observation(
-                        peer=link.peer,
-                        steps=steps,
-                        step_s=self._step_s / self._steps,
-                        predicted_step_s=fmean(step.step_s for step in self._predicted),
-                        exposed_wait_s=max(link.exposed_wait_s - before.exposed_wait_s, 0.0) / steps,
-                        local_s=fmean(step.local_s for step in self._predicted if link.peer in step.remote),
-                        remote_s=fmean(attention_s for attention_s, _ in parts),
-                        round_trip_s=fmean(trip_s for _, trip_s in parts),
-                    )
-                )
+        rose = [_rise(link, self._before.get(index)) for index, link in now.items()]
+        self._reached = {link.index: reached for link in rose if (reached := self._speed(link))}
+        rose = [link for link in rose if link.steps > 0]
+        # Each waits for those before it: the shortest span has no wait in it.
+        span_s = min((link.local_span_s / link.steps for link in rose), default=0.0)
+        seen = [observed for link in rose if (observed := self._observed(link, span_s)) is not None]
         self._before = now
         self._steps, self._step_s, self._predicted = 0, 0.0, []
         return seen
+
+    def _speed(self, rose: LinkTotals) -> float:
+        if rose.read_tokens > 0 and rose.busy_s > 0.0:
+            return rose.read_tokens / rose.busy_s
+        return self._reached.get(rose.index, 0.0)
+
+    def _observed(self, rose: LinkTotals, span_s: float) -> policy.Observation | None:
+        """None where no prediction was asked for while the link had a part in steps."""
+        took_part = [step for step in self._predicted if rose.peer in step.remote]
+        if not took_part:
+            return None
+        parts = [step.remote[rose.peer] for step in took_part]
+        reached = self._reached.get(rose.index)
+        return policy.Observation(
+            peer=rose.peer,
+            steps=rose.steps,
+            step_s=self._step_s / self._steps,
+            predicted_step_s=fmean(step.step_s for step in self._predicted),
+            exposed_wait_s=rose.exposed_wait_s / rose.steps,
+            local_s=fmean(step.local_s for step in took_part),
+            under_s=fmean(step.under_s for step in took_part),
+            remote_s=fmean(part.attention_s for part in parts),
+            round_trip_s=fmean(part.round_trip_s for part in parts),
+            local_span_s=span_s,
+            answer_s=(rose.local_span_s + rose.exposed_wait_s) / rose.steps if rose.local_span_s else 0.0,
+            executor_s=fmean(part.tokens for part in parts) / reached if reached else 0.0,
+        )
+
+
+def _rise(now: LinkTotals, before: LinkTotals | None) -> LinkTotals:
+    """Since `before`; None: since the link is up."""
+    if before is None:
+        return now
+    return LinkTotals(
+        now.index,
+        now.peer,
+        now.steps - before.steps,
+        max(now.exposed_wait_s - before.exposed_wait_s, 0.0),
+        max(now.local_span_s - before.local_span_s, 0.0),
+        now.busy_s - before.busy_s,
+        now.read_tokens - before.read_tokens,
+    )

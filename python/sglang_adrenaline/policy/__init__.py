@@ -9,8 +9,9 @@ instances) has to be agreed between them before it becomes a view or an observat
     auto.py      by load: `decide_by_load`
     views.py     what `decide_by_load` looks at
     feedback.py  what measured steps change: `observe`
+    pace.py      how fast work is, measured against its prediction
     bounds.py    the offload bounds of the paper
-    growth.py    how local attention will grow
+    growth.py    what steps will read while a request runs
     forecast.py  how much memory admitted requests will still take
     sm_share.py  how prefill and executor share a GPU
 """
@@ -20,7 +21,7 @@ from sglang_adrenaline.policy.bounds import Bounds, offload_bounds
 from sglang_adrenaline.policy.feedback import Observation, observe
 from sglang_adrenaline.policy.fixed import Settings, State, decide
 from sglang_adrenaline.policy.forecast import HEADROOM, AnswerShares, peak_growth
-from sglang_adrenaline.policy.growth import OutputLengths
+from sglang_adrenaline.policy.growth import Duty, OutputLengths
 from sglang_adrenaline.policy.sm_share import PrefillLoad, SharePoint, choose_share
 from sglang_adrenaline.policy.views import DecodeView, LoadSettings, PrefillView, Request
 from sglang_adrenaline.policy.wish import WHOLE_PROMPT, requested_prefix_len
@@ -32,6 +33,7 @@ __all__ = [
     "Bounds",
     "Decision",
     "DecodeView",
+    "Duty",
     "LoadSettings",
     "LoadState",
     "Observation",

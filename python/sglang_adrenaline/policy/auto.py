@@ -11,6 +11,9 @@ on instance i as long as t_i stays under the level, which is raised by the n - P
     P <= (level of the other instances - round_trip_i) * rate_i - remote_i
     or P <= ((local + n) / rate_d - round_trip_i - remote_i / rate_i) / (1 / rate_i + 1 / rate_d)
 
+A prompt too short to be split goes where the step is shorter with it: there, if t_i with all of it stays under what the
+level would be with all of it here. Rates are the profile's as measured steps correct them (`feedback.py`).
+
 C1, the memory condition: P fits under the cap on pinned tokens. A request that finds no room here would wait for it.
 It goes remote beyond the hidden part, within C1, if that gains throughput, as long as the batch stays under B_max and
 the step within the TPOT SLO. It gains where a step's fixed time is spread over more rows by more than remote reads add:
@@ -18,6 +21,9 @@ with `pool` tokens of decode memory in use, a batch takes fixed / rows + remote 
 moving one token out of a full pool makes room for 1 / pool more of the batch, so it pays where
 
     1 / rate_i < fixed / pool
+
+Requests whose prompts are being computed hold memory, too, but steps read nothing of theirs: of `pool` and of what
+requests have in all, steps read the share `duty`.
 
 C3, where executor and prefill share all SMs: the part of a step's time that the executor takes is missing to prefill,
 so it takes no more than keeps prefill's queue from growing, 1 - load / utilisation. Where prefill is what bounds a
@@ -34,6 +40,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from sglang_adrenaline.policy.pace import Pace
 from sglang_adrenaline.policy.views import DecodeView, LoadSettings, PrefillView, Request, pin_room
 from sglang_adrenaline.policy.wish import page_floor, wished_split
 
@@ -49,6 +56,7 @@ class Reason(enum.StrEnum):
     OVERFLOW = "overflow"
     TOO_LONG = "too_long"
     LEVEL = "level"
+    PREFILL = "prefill"
     CAP = "cap"
 
 
@@ -68,12 +76,27 @@ class LoadState(msgspec.Struct, frozen=True):
     """Running share of prompt tokens that were already on the prefill side."""
     limited: bool = False
     """The last request that the water level decided about stayed local for it."""
+    local_pace: Pace = Pace()
+    """Attention here."""
+    paces: Mapping[str, Pace] = {}
+    """Per prefill instance whose executor reports how fast it is."""
+    trips: Mapping[str, float] = {}
+    """Per prefill instance: seconds a step that round trips take beyond what its view says; negative: less."""
     rates: Mapping[str, float] = {}
-    """Per prefill instance: its executor's rate as share of what its view says; 1 where it is missing."""
+    """Per prefill instance without a pace: its executor's rate as share of what its view says, guessed from waits."""
     votes: Mapping[str, int] = {}
-    """Per prefill instance: observations in a row that asked for more (positive) or less (negative)."""
+    """Likewise: observations in a row that asked for more (positive) or less (negative)."""
     extra_s: float = 0.0
     """What a step takes beyond its prediction; negative: less."""
+
+    def rate_of(self, name: str) -> float:
+        """A prefill instance's executor's rate as share of what its view says."""
+        pace = self.paces.get(name)
+        return pace.rate if pace is not None else self.rates.get(name, 1.0)
+
+    def trip_s(self, name: str, told_s: float) -> float:
+        """Its round trips a step; `told_s`: by its view."""
+        return max(told_s + self.trips.get(name, 0.0), 0.0)
 
 
 def decide_by_load(
@@ -93,6 +116,8 @@ def decide_by_load(
     if request.wish is not None:
         return Decision(wished_split(length, request.wish, page), Reason.WISH), state
     reused = max(request.shared_tokens, request.cached_tokens) / length if length else 0.0
+    told_rate = prefill[target].attention_rate if target in prefill else 0.0
+    decode, prefill = _as_measured(state, decode, prefill)
     pressed = _pressed(state.pressed, request, decode, settings)
     reuse = state.reuse + settings.reuse_weight * (reused - state.reuse)
     limited = state.limited
@@ -102,17 +127,34 @@ def decide_by_load(
     elif length < settings.min_tokens:
         decision = Decision(0, Reason.SHORT)
     else:
-        rate = _rate(state, target, peer)
-        spare = _spare(state, request, decode, rate, peer, settings)
-        level = _hidden(state, request, target, decode, prefill, settings)
+        spare = _spare(state, request, decode, peer, told_rate, settings)
+        level = _hidden(request, target, decode, prefill, settings)
         hidden = min(level, spare)
         if reused < 0.5:
             hidden *= 1.0 - settings.reuse_reserve * state.reuse
-        overflow = min(_overflow(state, decode, rate, peer, settings), spare) if pressed else 0.0
+        overflow = min(_overflow(state, decode, peer, settings), spare) if pressed else 0.0
         decision = _decide(request, hidden, overflow, decode, peer, settings)
         if level <= spare and decision.reason in (Reason.LEVEL, Reason.HIDDEN):
             limited = decision.reason is Reason.LEVEL
-    return decision, LoadState(pressed, reuse, limited, state.rates, state.votes, state.extra_s)
+        elif decision.reason is Reason.LEVEL:
+            decision = Decision(0, Reason.PREFILL)
+    return decision, msgspec.structs.replace(state, pressed=pressed, reuse=reuse, limited=limited)
+
+
+def _as_measured(
+    state: LoadState, decode: DecodeView, prefill: Mapping[str, PrefillView]
+) -> tuple[DecodeView, dict[str, PrefillView]]:
+    """The views with the rates and round trips that measured steps have told."""
+    replace = msgspec.structs.replace
+    peers = {
+        name: replace(
+            view,
+            attention_rate=view.attention_rate * state.rate_of(name),
+            round_trip_s=state.trip_s(name, view.round_trip_s),
+        )
+        for name, view in prefill.items()
+    }
+    return replace(decode, attention_rate=decode.attention_rate * state.local_pace.rate), peers
 
 
 def _decide(
@@ -139,24 +181,30 @@ def _pressed(before: bool, request: Request, decode: DecodeView, settings: LoadS
 
 
 def _hidden(
-    state: LoadState,
     request: Request,
     target: str,
     decode: DecodeView,
     prefill: Mapping[str, PrefillView],
     settings: LoadSettings,
 ) -> float:
-    """Tokens of this prompt that instance `target` can take without becoming what the step waits for."""
+    """Tokens of this prompt that instance `target` can take without becoming what the step waits for.
+
+    Of a prompt too short to be split: all, where that is better than none.
+    """
     others = 0.0
     for name, view in prefill.items():
         if name != target and view.attended_tokens:
-            others = max(others, view.round_trip_s + view.attended_tokens / _rate(state, name, view))
+            others = max(others, view.round_trip_s + view.attended_tokens / view.attention_rate)
     peer = prefill[target]
-    rate = _rate(state, target, peer)
+    rate = peer.attention_rate
     remote = _read_after(request, peer, settings)
-    fill = (others - peer.round_trip_s) * rate - remote
     local = decode.local_tokens if decode.expected_tokens is None else decode.expected_tokens
     local_s = (local + request.prompt_len) / decode.attention_rate + decode.under_s
+    if request.prompt_len < 2 * settings.split_tokens:
+        whole = (max(others, local_s) - peer.round_trip_s) * rate - remote
+        if whole > request.prompt_len:
+            return whole
+    fill = (others - peer.round_trip_s) * rate - remote
     balance = (local_s - peer.round_trip_s - remote / rate) / (1.0 / rate + 1.0 / decode.attention_rate)
     return max(fill, balance, 0.0)
 
@@ -167,24 +215,26 @@ def _read_after(request: Request, peer: PrefillView, settings: LoadSettings) -> 
 
 
 def _spare(
-    state: LoadState, request: Request, decode: DecodeView, rate: float, peer: PrefillView, settings: LoadSettings
+    state: LoadState,
+    request: Request,
+    decode: DecodeView,
+    peer: PrefillView,
+    told_rate: float,
+    settings: LoadSettings,
 ) -> float:
     """Tokens of this prompt that the executor can read in the time that prefill leaves it."""
     if peer.prefill_load <= 0.0:
         return math.inf
     part = max(1.0 - peer.prefill_load / settings.prefill_utilisation, 0.0)
-    step_s = _fixed_s(state, decode.linear_s)
-    step_s += max(decode.local_tokens / decode.attention_rate, peer.attended_tokens / rate)
-    return part * step_s * rate - _read_after(request, peer, settings)
+    attention_s = max(decode.local_tokens / decode.attention_rate, peer.attended_tokens / peer.attention_rate)
+    step_s = _fixed_s(state, decode.linear_s) + decode.duty * attention_s
+    # By its view's rate: the measured one is lower where prefill took its part of the time.
+    return part * step_s * told_rate - decode.duty * _read_after(request, peer, settings)
 
 
 def _fixed_s(state: LoadState, linear_s: float) -> float:
     """Of a step without attention, as measured steps correct it."""
     return max(linear_s + state.extra_s, 0.0)
-
-
-def _rate(state: LoadState, name: str, peer: PrefillView) -> float:
-    return peer.attention_rate * state.rates.get(name, 1.0)
 
 
 def _worth(request: Request, decode: DecodeView, peer: PrefillView) -> bool:
@@ -194,22 +244,24 @@ def _worth(request: Request, decode: DecodeView, peer: PrefillView) -> bool:
     return saved_s > (peer.overhead_s / 2 if peer.attended_tokens else peer.overhead_s)
 
 
-def _overflow(state: LoadState, decode: DecodeView, rate: float, peer: PrefillView, settings: LoadSettings) -> float:
+def _overflow(state: LoadState, decode: DecodeView, peer: PrefillView, settings: LoadSettings) -> float:
     """Tokens that a request may leave remote as one more row: within B_max, the SLO, and without loss of throughput."""
-    linear_s = _fixed_s(state, decode.linear_s)
-    fixed_s = linear_s - decode.rows * decode.linear_row_s
-    if decode.rows >= settings.max_rows or decode.pool_tokens > fixed_s * rate:
+    duty, rate = decode.duty, peer.attention_rate
+    fixed_s = _fixed_s(state, decode.linear_s) - decode.rows * decode.linear_row_s
+    rows, read = duty * decode.rows, duty * peer.attended_tokens
+    if rows >= settings.max_rows or duty * decode.pool_tokens > fixed_s * rate:
         return 0.0
-    local_s = decode.local_tokens / decode.attention_rate
-    remote_s = peer.round_trip_s + peer.attended_tokens / rate if peer.attended_tokens else 0.0
+    linear_s = fixed_s + rows * decode.linear_row_s
+    local_s = duty * decode.local_tokens / decode.attention_rate
+    remote_s = peer.round_trip_s + read / rate if read else 0.0
     step_s = linear_s + max(local_s, remote_s)
-    longest_s = step_s * (decode.rows + 1) / decode.rows if decode.rows else math.inf
+    longest_s = step_s * (rows + 1) / rows if rows else math.inf
     if settings.slo_tpot_s is not None:
         longest_s = min(longest_s, settings.slo_tpot_s)
     attention_s = longest_s - linear_s - decode.linear_row_s
     if attention_s < local_s:
         return 0.0
-    return max((attention_s - peer.round_trip_s) * rate - peer.attended_tokens, 0.0)
+    return max((attention_s - peer.round_trip_s) * rate - read, 0.0)
 
 
 def _split(limit: float, length: int, settings: LoadSettings) -> int:

@@ -1,9 +1,14 @@
-"""What measured steps change in the decision by load: the executors' effective rates, and what a step takes besides.
+"""What measured steps change in the decision by load: rates of attention here and there, round trips, fixed time.
 
-How long decode waited for an instance tells its rate: its part of the step took what local attention took, and the wait
-on top. Where nothing was waited for, that is only a lower bound, and the rate is tried upwards while requests stay
-local for it. Rates move after several observations in a row that agree, and not at all inside a dead band, so that
-noise moves nothing. The caller agrees with the other ranks on each observation first (e.g. rank 0's is taken).
+Decode measures what attention here takes beside the executors', which report what they read in how long: both rates
+are known after one window of steps, and only noise has to be smoothed (`pace.py`). What passes between a layer's
+queries and its answers beyond the executor's own time is the round trip: about that where decode waits longer than it
+attends, at most that elsewhere, since it waits for the slow ones of many answers and the rest are hidden.
+
+An executor that does not report is known by waits alone (`_guessed_rate`): its part of the step took what local
+attention took, and the wait on top. Where nothing was waited for, that is only a lower bound, and the rate is tried
+upwards while requests stay local for it. Such a rate moves after several observations in a row that agree, and not at
+all inside a dead band. The caller agrees with the other ranks on each observation first (e.g. rank 0's is taken).
 """
 
 from __future__ import annotations
@@ -13,13 +18,16 @@ import math
 import msgspec
 
 from sglang_adrenaline.policy.auto import LoadState
+from sglang_adrenaline.policy.pace import Pace
 from sglang_adrenaline.policy.views import LoadSettings
 
 MORE = 1.1
 """Upwards without evidence."""
 RATE_MIN, RATE_MAX = 0.25, 2.0
+"""Of guessed rates."""
 TOLERANCE = 0.05
 EXTRA_WEIGHT = 0.2
+TRIP_WEIGHT = 0.5
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,10 +40,19 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     exposed_wait_s: float
     """Decode waited so long for this instance's answers."""
     local_s: float
-    """Predicted: attention here, under which the remote part was to hide."""
+    """Predicted: attention here, at the rate that the view says."""
+    under_s: float = 0.0
+    """Predicted: what else of a step the remote part hides under."""
     remote_s: float
     """Predicted: this instance's attention at the rate that its view says."""
     round_trip_s: float = 0.0
+    """Predicted: what this instance's answers take besides."""
+    local_span_s: float = 0.0
+    """Measured: attention here; 0: not measured."""
+    answer_s: float = 0.0
+    """Measured: attention here and waits, as this instance's link saw them; 0: not measured."""
+    executor_s: float = 0.0
+    """Measured: this instance's attention; 0: not measured."""
 
 
 def observe(state: LoadState, seen: Observation, settings: LoadSettings) -> LoadState:
@@ -47,6 +64,27 @@ def observe(state: LoadState, seen: Observation, settings: LoadSettings) -> Load
         beyond = seen.step_s - seen.predicted_step_s
         beyond = _clip(beyond, -seen.predicted_step_s / 2, 2 * seen.predicted_step_s)
         extra_s += EXTRA_WEIGHT * (beyond - extra_s)
+    state = msgspec.structs.replace(
+        state, extra_s=extra_s, local_pace=state.local_pace.add(seen.local_s, seen.local_span_s)
+    )
+    if seen.executor_s <= 0.0:
+        return state if seen.peer in state.paces else _guessed_rate(state, seen, settings)
+    pace = state.paces.get(seen.peer, Pace()).add(seen.remote_s, seen.executor_s)
+    trips = {**state.trips, seen.peer: _learnt_trip(state.trips.get(seen.peer, 0.0), seen)}
+    return msgspec.structs.replace(state, paces={**state.paces, seen.peer: pace}, trips=trips)
+
+
+def _learnt_trip(beyond_s: float, seen: Observation) -> float:
+    """What round trips take beyond `seen.round_trip_s`, which `beyond_s` was so far."""
+    if seen.answer_s <= 0.0:
+        return beyond_s
+    took_s = seen.answer_s + seen.under_s
+    told_s = max(took_s - seen.executor_s, 0.0) - seen.round_trip_s
+    shown = 2 * seen.exposed_wait_s > took_s
+    return beyond_s + TRIP_WEIGHT * (told_s - beyond_s) if shown or told_s < beyond_s else beyond_s
+
+
+def _guessed_rate(state: LoadState, seen: Observation, settings: LoadSettings) -> LoadState:
     rate = state.rates.get(seen.peer, 1.0)
     waited = seen.exposed_wait_s / seen.step_s
     told = _told_rate(seen)
@@ -60,12 +98,12 @@ def observe(state: LoadState, seen: Observation, settings: LoadSettings) -> Load
             target = max(target, rate * MORE)
         rates = {**rates, seen.peer: _clip(target, RATE_MIN, RATE_MAX)}
         votes = 0
-    return LoadState(state.pressed, state.reuse, state.limited, rates, {**state.votes, seen.peer: votes}, extra_s)
+    return msgspec.structs.replace(state, rates=rates, votes={**state.votes, seen.peer: votes})
 
 
 def _told_rate(seen: Observation) -> float:
     """The rate, as share of what the view says, by which the instance's part took as long as it did (or less)."""
-    took_s = seen.local_s + seen.exposed_wait_s - seen.round_trip_s
+    took_s = (seen.local_span_s or seen.local_s) + seen.under_s + seen.exposed_wait_s - seen.round_trip_s
     return seen.remote_s / took_s if took_s > 0.0 else RATE_MAX
 
 

@@ -1,10 +1,11 @@
-"""What local attention will read on the mean while a new request runs."""
+"""What steps will read on the mean while a new request runs: lengths of outputs, how many requests decode at a time."""
 
 from __future__ import annotations
 
 import msgspec
 
 WEIGHT = 0.05
+DUTY_WEIGHT = 0.1
 
 
 class OutputLengths(msgspec.Struct, frozen=True):
@@ -33,3 +34,14 @@ class OutputLengths(msgspec.Struct, frozen=True):
         mean = max(self.mean, (local_tokens - local_prompt_tokens) / rows) if rows else self.mean
         half_way = local_prompt_tokens + (rows + 1) * mean / 2
         return int(alike * half_way + (1.0 - alike) * local_tokens)
+
+
+class Duty(msgspec.Struct, frozen=True):
+    """Running mean of the share of admitted requests that decode; the prompts of the others are being computed."""
+
+    share: float = 1.0
+
+    def add(self, running: int, admitted: int) -> Duty:
+        if running <= 0 or admitted <= 0:
+            return self
+        return Duty(self.share + DUTY_WEIGHT * (min(running / admitted, 1.0) - self.share))

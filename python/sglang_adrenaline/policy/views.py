@@ -37,6 +37,8 @@ class DecodeView(msgspec.Struct, frozen=True, kw_only=True):
     expected_tokens: int | None = None
     """`local_tokens` as they will be on the mean while a new request runs (local prompts and half an output for every
     row): in a batch whose requests began together the suffixes are all short at first. None: as they are now."""
+    duty: float = 1.0
+    """Share of the admitted requests that decode at a time, 0..1: a step reads so much of what they all have."""
     linear_s: float = 0.0
     """Time of a step at `rows` without attention."""
     linear_row_s: float = 0.0
@@ -86,7 +88,7 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the executor reads a prefix once for all requests that share it."""
     reuse_reserve: float = 0.25
     """Share of the hidden room that is kept for requests with a reused prefix while all requests have one."""
-    reuse_weight: float = 0.02
+    reuse_weight: float = 0.05
     """Weight of the newest request in the running share of reused prompt tokens."""
     prefill_utilisation: float = 0.9
     """Prefill may be kept busy up to this share of the time that executors leave it."""

@@ -62,6 +62,14 @@ class AttentionExecutor(Protocol):
     def waited_s(self) -> float:
         """Time spent waiting for the queries of a step that had begun."""
 
+    @property
+    def busy_s(self) -> float:
+        """Time from the arrival of queries to their answers, over all layers so far; 0.0 where it is not measured."""
+
+    @property
+    def read_tokens(self) -> int:
+        """Prefix tokens that were attended to in that time, each step's once, not once a layer."""
+
     def stop(self, reason: str) -> None:
         """End the executor; when this returns no KV is read any more."""
 
@@ -80,7 +88,8 @@ class ThreadExecutor:
         self._plan_lanes: tuple[int, ...] | None = None
         self._plan: RaggedPlan | None = None
         self._plans = 0
-        self._waited_s = 0.0
+        self._waited_s = self._busy_s = 0.0
+        self._read_tokens = 0
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"attention-executor-{name}", daemon=True)
         self._thread.start()
@@ -115,6 +124,14 @@ class ThreadExecutor:
     def waited_s(self) -> float:
         return self._waited_s
 
+    @property
+    def busy_s(self) -> float:
+        return self._busy_s
+
+    @property
+    def read_tokens(self) -> int:
+        return self._read_tokens
+
     def stop(self, reason: str) -> None:
         self._stopping = True
         self._end.abort(reason)
@@ -132,9 +149,13 @@ class ThreadExecutor:
                     begun = time.monotonic()
                     call = self._end.wait_call(POLL_S)
                     if call is not None:
+                        called = time.monotonic()
                         if call.layer > 0:
-                            self._waited_s += time.monotonic() - begun
-                        self._answer(call)
+                            self._waited_s += called - begun
+                        read = self._answer(call)
+                        self._busy_s += time.monotonic() - called
+                        if call.layer == len(self._layers) - 1:
+                            self._read_tokens += read
         except ChannelError as error:
             if not self._stopping:
                 self._on_failure(str(error))  # the decode instance may be there still: it gets another channel
@@ -143,7 +164,8 @@ class ThreadExecutor:
             self._end.abort(f"attention executor failed: {error}")
             self._on_failure(f"attention executor failed: {error}")
 
-    def _answer(self, call: Call) -> None:
+    def _answer(self, call: Call) -> int:
+        """Returns how many tokens were attended to."""
         layer = self._layers[call.layer]
         with self._lock:
             if self._plan_lanes != call.lanes:
@@ -152,6 +174,8 @@ class ThreadExecutor:
                 self._plan = RaggedPlan.from_slots([self._slots.get(lane, empty) for lane in call.lanes])
                 self._plan_lanes = call.lanes
                 self._plans += 1
-            assert self._plan is not None
-            o, lse = attend(call.q, layer.k, layer.v, self._plan, sm_scale=layer.sm_scale, logit_cap=layer.logit_cap)
+            plan = self._plan
+            assert plan is not None
+            o, lse = attend(call.q, layer.k, layer.v, plan, sm_scale=layer.sm_scale, logit_cap=layer.logit_cap)
         self._end.answer(call, o, lse)
+        return plan.num_tokens

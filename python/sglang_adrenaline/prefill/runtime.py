@@ -352,6 +352,8 @@ class PrefillRuntime:
             steps=session.executor.steps_done,
             prefill_load=self._load.load,
             executor_share=self.executor_share,
+            busy_s=session.executor.busy_s,
+            read_tokens=session.executor.read_tokens,
         )
 
     @property

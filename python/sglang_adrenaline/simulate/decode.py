@@ -59,6 +59,7 @@ class Decode:
         self.local_prompts = 0
         """Prompt tokens here of all admitted requests."""
         self.outputs = policy.OutputLengths()
+        self.duty = policy.Duty()
         self.coming_local = 0
         """Tokens here of admitted requests that have not joined yet."""
         self.remote = dict.fromkeys((p.index for p in prefills), 0)
@@ -179,6 +180,7 @@ class Decode:
                 rows=rows,
                 attention_rate=self.cost.attention_rate,
                 expected_tokens=self.outputs.expected_tokens(local, self.local_prompts, rows),
+                duty=self.duty.share,
                 linear_s=linear,
                 linear_row_s=self.cost.linear_s(rows + 1) - self.cost.linear_s(rows) if rows else 0.0,
                 under_s=linear if halves else 0.0,
@@ -304,15 +306,24 @@ class Decode:
         return 0 < self.rules.halves_from <= rows
 
     def _observe(self) -> None:
-        """Report waits to the policy now and then; they are those of the slowest prefill instance."""
+        """Tell the policy now and then what the slowest prefill instance reached and how long it was waited for."""
         batch = self.batch
         steps = batch.steps_total - self._seen_steps
-        if self.rules.offload != "auto" or steps < OBSERVE_STEPS or not self.remote_rows:
+        if self.rules.offload != "auto" or steps < OBSERVE_STEPS:
             return
+        self.duty = self.duty.add(batch.rows, self.active)
+        if self.remote_rows:
+            self._observe_slowest(steps)
+        self._seen_steps, self._seen_exposed, self._seen_busy = batch.steps_total, batch.exposed_s, batch.busy_s
+
+    def _observe_slowest(self, steps: int) -> None:
+        batch = self.batch
         slowest = max(self.prefills, key=lambda peer: peer.read_tokens / peer.rate if self.remote[peer.index] else -1.0)
         step_s = (batch.busy_s - self._seen_busy) / steps
         under = self.cost.halves_linear_s(batch.rows) if self._in_halves(batch.rows) else 0.0
         mean_local = max(batch.local - batch.rows * min(steps, OBSERVE_STEPS) / 2, 0)
+        local_s = mean_local / self.cost.attention_rate
+        exposed_s = (batch.exposed_s - self._seen_exposed) / steps
         self.state = policy.observe(
             self.state,
             policy.Observation(
@@ -320,11 +331,14 @@ class Decode:
                 steps=steps,
                 step_s=step_s,
                 predicted_step_s=step_s,
-                exposed_wait_s=(batch.exposed_s - self._seen_exposed) / steps,
-                local_s=mean_local / self.cost.attention_rate + under,
+                exposed_wait_s=exposed_s,
+                local_s=local_s,
+                under_s=under,
+                local_span_s=local_s,
+                answer_s=local_s + exposed_s,
+                executor_s=slowest.read_tokens / slowest.rate,
                 remote_s=slowest.read_tokens / slowest.told_rate,
                 round_trip_s=self.cost.round_trip_s(self.remote_rows),
             ),
             self.rules.settings,
         )
-        self._seen_steps, self._seen_exposed, self._seen_busy = batch.steps_total, batch.exposed_s, batch.busy_s

@@ -1,0 +1,30 @@
+"""How fast work really goes: the rate of one kind of work as measured, against what was predicted of it."""
+
+from __future__ import annotations
+
+import msgspec
+
+KEEP = 0.5
+"""What older measurements still count when a new one comes."""
+SLOWEST, FASTEST = 0.125, 8.0
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """Fading sums of predicted and measured seconds. Their quotient lies between those of the single measurements, and
+    short ones, in which what every call costs outweighs its reading, hardly move it."""
+
+    predicted_s: float = 0.0
+    took_s: float = 0.0
+
+    def add(self, predicted_s: float, took_s: float) -> Pace:
+        """With a measurement of work that was predicted to take `predicted_s`; without either, nothing was learnt."""
+        if predicted_s <= 0.0 or took_s <= 0.0:
+            return self
+        return Pace(KEEP * self.predicted_s + predicted_s, KEEP * self.took_s + took_s)
+
+    @property
+    def rate(self) -> float:
+        """As share of the predicted one, SLOWEST..FASTEST; 1 before anything was measured."""
+        if self.took_s <= 0.0:
+            return 1.0
+        return min(max(self.predicted_s / self.took_s, SLOWEST), FASTEST)
