@@ -437,6 +437,16 @@ def test_observe_waits_tell_round_trips_and_hidden_ones_do_not_lengthen_them(tri
         assert 0.0 <= learnt <= one.round_trip_s + 1e-9
 
 
+def test_observe_halves_what_hides_beside_local_attention_is_no_round_trip():
+    """Remote attention takes three times as long as local attention and is hidden under the other half's work."""
+    seen_in_halves = msgspec.structs.replace(
+        measured(1.0, 1.0, 3 * LOCAL_S), exposed_wait_s=0.0, answer_s=LOCAL_S, under_s=2.5 * LOCAL_S, round_trip_s=1e-3
+    )
+    state = policy.observe(policy.LoadState(), seen_in_halves, policy.LoadSettings())
+    assert state.local_pace.rate == state.rate_of("a") == 1.0
+    assert state.trip_s("a", 1e-3) == pytest.approx(1e-3)
+
+
 def test_observe_executor_that_reported_once_is_never_guessed_again():
     state = policy.observe(policy.LoadState(limited=True), measured(1.0, 1.5), policy.LoadSettings())
     for _ in range(9):
@@ -473,6 +483,18 @@ def test_output_lengths_alike_expect_half_an_output_and_varied_ones_what_is_ther
     assert varied.expected_tokens(1_000, 600, 9) == 1_000
     grown = policy.OutputLengths().add(32)  # outputs have become longer: no request has ended yet
     assert grown.expected_tokens(600 + 9 * 200, 600, 9) == 600 + 10 * 100
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=60))
+def test_duty_is_a_share_and_forgets(steps):
+    duty = policy.Duty()
+    for running, waiting in steps:
+        duty = duty.add(running, running + waiting)
+        assert 0.0 < duty.share <= 1.0
+    for _ in range(100):
+        duty = duty.add(3, 12)
+    assert duty.share == pytest.approx(0.25, abs=1e-3)
+    assert duty.add(0, 0) == duty.add(0, 7) == duty  # no step, no news
 
 
 POINTS = [
