@@ -117,6 +117,37 @@ def test_decide_hidden_split_is_never_what_the_step_waits_for(state, request, de
 
 
 @given(states, requests, decodes, fleets, settings)
+def test_decide_waits_only_for_prefixes_of_its_own(state, request, decode, fleet, rules):
+    """What it waits for ends by itself, so nothing waits for ever."""
+    decision, _ = policy.decide_by_load(state, request, "a", decode, fleet, rules)
+    if decision.reason is policy.Reason.WAIT:
+        assert decision.split == 0 and decode.rows > 0 and fleet["a"].attended_tokens > 0
+        nothing = {name: msgspec.structs.replace(view, attended_tokens=0) for name, view in fleet.items()}
+        free, _ = policy.decide_by_load(state, request, "a", decode, nothing, rules)
+        assert free.reason is not policy.Reason.WAIT
+
+
+def test_decide_full_prefill_is_waited_for_by_a_batch_of_cheap_rows_only():
+    """340 rows whose prompts are all remote: one with its prompt here costs a step three times what a row does."""
+    replace, request = msgspec.structs.replace, policy.Request(prompt_len=512)
+    full = replace(IDLE["a"], pool_tokens=190_000, pinned_tokens=174_000, attended_tokens=174_000, attention_rate=12e6)
+    cheap = replace(
+        BUSY, rows=340, local_tokens=87_000, linear_s=0.009, linear_row_s=25e-6, under_s=0.011, growth_tokens=512
+    )
+
+    def reason(decode, peer):
+        return policy.decide_by_load(policy.LoadState(), request, "a", decode, {"a": peer}, policy.LoadSettings())[
+            0
+        ].reason
+
+    assert reason(cheap, full) is policy.Reason.WAIT
+    assert reason(replace(cheap, local_tokens=340 * 768), full) is policy.Reason.CAP, "its rows are as dear as this one"
+    assert reason(replace(cheap, rows=0), full) is policy.Reason.CAP
+    slow = replace(full, attention_rate=4e6)
+    assert reason(cheap, slow) is policy.Reason.CAP, "decode waits for the executor anyway"
+
+
+@given(states, requests, decodes, fleets, settings)
 def test_decide_every_dict_order_decides_alike(state, request, decode, fleet, rules):
     backwards = dict(reversed(fleet.items()))
     mirrored = msgspec.structs.replace(

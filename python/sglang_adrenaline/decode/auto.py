@@ -168,7 +168,8 @@ class LoadDecider:
         )
         cached = 0 if decision.split else request.local_cached_tokens  # a split prompt does not use decode's tree
         stays = prompt_len - decision.split - cached
-        if stays + growth.own > free and rows:  # with no row there is nothing to wait for
+        no_room = stays + growth.own > free and rows  # with no row there is nothing to wait for
+        if no_room or decision.reason is policy.Reason.WAIT:
             return None
         self.state = state
         self._prompt_tokens = self._mean_prompt(prompt_len)

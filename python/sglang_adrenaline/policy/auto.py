@@ -25,6 +25,12 @@ moving one token out of a full pool makes room for 1 / pool more of the batch, s
 Requests whose prompts are being computed hold memory, too, but steps read nothing of theirs: of `pool` and of what
 requests have in all, steps read the share `duty`.
 
+Where C1 is what keeps a prompt from going remote, it stays here only if that does not make tokens dearer, else it waits
+until prefixes of ours end: a local row adds its whole prompt to every step, and in a batch of cheaper rows each token
+would take longer with it than without,
+
+    step(rows + 1) / (rows + 1) > step(rows) / rows
+
 C3, where executor and prefill share all SMs: the part of a step's time that the executor takes is missing to prefill,
 so it takes no more than keeps prefill's queue from growing, 1 - load / utilisation. Where prefill is what bounds a
 deployment nothing is offloaded.
@@ -58,6 +64,8 @@ class Reason(enum.StrEnum):
     LEVEL = "level"
     PREFILL = "prefill"
     CAP = "cap"
+    WAIT = "wait"
+    """Not decided yet: to be asked again when a prefix has ended."""
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -109,8 +117,8 @@ def decide_by_load(
 ) -> tuple[Decision, LoadState]:
     """Decide about a request whose prompt is computed by the prefill instance `target`, when it is to be admitted.
 
-    `prefill`: all instances on which this decode instance has or could have prefixes. Answers at once, never holds a
-    request back; a local request waits for memory as in stock SGLang.
+    `prefill`: all instances on which this decode instance has or could have prefixes. Answers at once; holds a request
+    back (WAIT) only for prefixes of this instance's running requests. A local one waits for memory as in stock SGLang.
     """
     length, page = request.prompt_len, settings.page_size
     if request.wish is not None:
@@ -134,6 +142,8 @@ def decide_by_load(
             hidden *= 1.0 - settings.reuse_reserve * state.reuse
         overflow = min(_overflow(state, decode, peer, settings), spare) if pressed else 0.0
         decision = _decide(request, hidden, overflow, decode, peer, settings)
+        if decision.reason is Reason.CAP and peer.attended_tokens and _dilutes(state, request, decode, prefill):
+            decision = Decision(0, Reason.WAIT)
         if level <= spare and decision.reason in (Reason.LEVEL, Reason.HIDDEN):
             limited = decision.reason is Reason.LEVEL
         elif decision.reason is Reason.LEVEL:
@@ -262,6 +272,21 @@ def _overflow(state: LoadState, decode: DecodeView, peer: PrefillView, settings:
     if attention_s < local_s:
         return 0.0
     return max((attention_s - peer.round_trip_s) * rate - read, 0.0)
+
+
+def _dilutes(state: LoadState, request: Request, decode: DecodeView, prefill: Mapping[str, PrefillView]) -> bool:
+    """Whether one more local row makes each token of the batch take longer."""
+    remote_s = max(view.round_trip_s + view.attended_tokens / view.attention_rate for view in prefill.values())
+    tokens = decode.local_tokens if decode.expected_tokens is None else decode.expected_tokens
+    linear_s = _fixed_s(state, decode.linear_s)
+
+    def step_s(more: int) -> float:
+        local_s = (tokens + more * (request.prompt_len + decode.growth_tokens / 2)) / decode.attention_rate
+        under_s = decode.under_s + (more * decode.linear_row_s if decode.under_s else 0.0)
+        alone_s = linear_s + more * decode.linear_row_s - under_s
+        return alone_s + max(local_s + under_s, remote_s)
+
+    return decode.rows > 0 and step_s(1) / (decode.rows + 1) > step_s(0) / decode.rows
 
 
 def _split(limit: float, length: int, settings: LoadSettings) -> int:

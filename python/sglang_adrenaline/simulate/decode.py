@@ -101,7 +101,7 @@ class Decode:
             undecided = request.split < 0
             split, state, reason = self._decide(request, free, growth) if undecided else (request.split, None, "")
             need = request.prompt - split + max(request.produced, 1)
-            if need + growth > free and self.active:
+            if self.active and (need + growth > free or reason == policy.Reason.WAIT):
                 break
             self.waiting.popleft()
             if undecided:
@@ -189,7 +189,7 @@ class Decode:
             {str(p.index): self._view(p) for p in self.prefills},
             self.rules.settings,
         )
-        return decision.split, state, decision.reason.value
+        return decision.split, state, decision.reason
 
     def _lanes(self, peer: Prefill) -> int:
         return max(self.rules.lanes - peer.lanes_in_use, 0)
