@@ -114,6 +114,7 @@ def test_ttft_objective_leaves_prefill_the_time_for_prompts_while_they_come(grou
     wait_for_nothing_left(group, names=("prefill", "decode", *OBJECTIVES))
     assert without["failed"] == within["failed"] == 0
     assert without["offloaded"] > 0 and within["offloaded"] == 0
+    assert within.get("prefill", 0) > 0, "nothing stayed here for prefill's sake"
 
 
 @contextlib.contextmanager
