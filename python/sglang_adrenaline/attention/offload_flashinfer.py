@@ -94,7 +94,8 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
         self._staged = None
         if plan is None:
             return Exchange.NONE
-        self._staged = StagedStep(plan.starts, self._begin(plan, self._halves.get(graph_size)))
+        halves = self._halves.get(graph_size) if self._runtime.halves_pay else None
+        self._staged = StagedStep(plan.starts, self._begin(plan, halves))
         return self._staged.exchange
 
     def exchanges(self, forward_batch: ForwardBatch) -> bool:

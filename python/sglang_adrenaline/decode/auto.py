@@ -122,6 +122,8 @@ class LoadDecider:
         self.state = policy.LoadState()
         self.decisions: Counter[str] = Counter()
         self._slo_ttft_s = slo_ttft_s
+        self.halves_pay = True
+        """By the newest prediction: a large batch is faster as two halves than as a whole."""
         self._halves_from = halves_from
         self._outputs = policy.OutputLengths()
         self._duty = policy.Duty()
@@ -188,7 +190,7 @@ class LoadDecider:
 
     def predict(self, rows: int, local_tokens: int, there: Mapping[str, There]) -> Predicted:
         """A decode step that reads so much here; `there`: with the lanes and prefixes that it reads."""
-        state, halves = self.state, self._in_halves(rows)
+        state = self.state
         reading = {name: peer for name, peer in there.items() if peer.attended_tokens}
         parts = {
             name: RemotePart(
@@ -200,8 +202,14 @@ class LoadDecider:
             (peer.attended_tokens, self._rate(peer) * state.rate_of(name), state.trip_s(name, parts[name].round_trip_s))
             for name, peer in reading.items()
         ]
+        read = local_tokens / state.local_pace.rate
+        step_s, halves = self.cost.step_s(rows, read, measured), False
+        if self._in_halves(rows):
+            halves_s = self.cost.step_s(rows, read, measured, halves=True)
+            self.halves_pay = halves = halves_s < step_s
+            step_s = min(step_s, halves_s)
         return Predicted(
-            step_s=self.cost.step_s(rows, local_tokens / state.local_pace.rate, measured, halves=halves),
+            step_s=step_s,
             local_s=local_tokens / self.cost.attention_rate,
             under_s=self.cost.halves_linear_s(rows) if halves else 0.0,
             remote=parts,
@@ -212,6 +220,7 @@ class LoadDecider:
         state = self.state
         return {
             "pressed": state.pressed,
+            "halves_pay": self.halves_pay,
             "duty": round(self._duty.share, 3),
             "local_rate": round(state.local_pace.rate, 3),
             "executor_rates": {name: round(state.rate_of(name), 3) for name in {**state.rates, **state.paces}},
@@ -220,6 +229,7 @@ class LoadDecider:
         }
 
     def observe(self, seen: policy.Observation) -> None:
+        seen = msgspec.structs.replace(seen, life_steps=self._outputs.mean)
         self.state = policy.observe(self.state, seen, self.settings)
 
     def _view(self, peer: There) -> policy.PrefillView:

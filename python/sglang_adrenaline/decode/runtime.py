@@ -396,6 +396,11 @@ class DecodeRuntime:
 
     # ---- steps (scheduler thread, inside the forward pass) ----------------------------------------------------------
 
+    @property
+    def halves_pay(self) -> bool:
+        """Whether a batch that may run as two halves should."""
+        return self._by_load is None or self._by_load.decider.halves_pay
+
     def link(self, index: int) -> Link:
         return self._peers.link(index)
 

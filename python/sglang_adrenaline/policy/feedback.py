@@ -18,7 +18,7 @@ import math
 import msgspec
 
 from sglang_adrenaline.policy.auto import LoadState
-from sglang_adrenaline.policy.pace import Pace
+from sglang_adrenaline.policy.pace import KEEP, Pace
 from sglang_adrenaline.policy.views import LoadSettings
 
 MORE = 1.1
@@ -53,6 +53,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """Measured: attention here and waits, as this instance's link saw them; 0: not measured."""
     executor_s: float = 0.0
     """Measured: this instance's attention; 0: not measured."""
+    life_steps: float = 0.0
+    """Steps that a request takes part in, on the mean; 0: not known."""
 
 
 def observe(state: LoadState, seen: Observation, settings: LoadSettings) -> LoadState:
@@ -64,12 +66,14 @@ def observe(state: LoadState, seen: Observation, settings: LoadSettings) -> Load
         beyond = seen.step_s - seen.predicted_step_s
         beyond = _clip(beyond, -seen.predicted_step_s / 2, 2 * seen.predicted_step_s)
         extra_s += EXTRA_WEIGHT * (beyond - extra_s)
+    # What a request meets on the mean of its life counts: an executor is slow while prefill computes, and fast after.
+    keep = max(math.exp(-seen.steps / seen.life_steps), KEEP) if seen.life_steps > 0.0 else KEEP
     state = msgspec.structs.replace(
-        state, extra_s=extra_s, local_pace=state.local_pace.add(seen.local_s, seen.local_span_s)
+        state, extra_s=extra_s, local_pace=state.local_pace.add(seen.local_s, seen.local_span_s, keep)
     )
     if seen.executor_s <= 0.0:
         return state if seen.peer in state.paces else _guessed_rate(state, seen, settings)
-    pace = state.paces.get(seen.peer, Pace()).add(seen.remote_s, seen.executor_s)
+    pace = state.paces.get(seen.peer, Pace()).add(seen.remote_s, seen.executor_s, keep)
     trips = {**state.trips, seen.peer: _learnt_trip(state.trips.get(seen.peer, 0.0), seen)}
     return msgspec.structs.replace(state, paces={**state.paces, seen.peer: pace}, trips=trips)
 

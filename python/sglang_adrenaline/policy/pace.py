@@ -16,11 +16,11 @@ class Pace(msgspec.Struct, frozen=True):
     predicted_s: float = 0.0
     took_s: float = 0.0
 
-    def add(self, predicted_s: float, took_s: float) -> Pace:
+    def add(self, predicted_s: float, took_s: float, keep: float = KEEP) -> Pace:
         """With a measurement of work that was predicted to take `predicted_s`; without either, nothing was learnt."""
         if predicted_s <= 0.0 or took_s <= 0.0:
             return self
-        return Pace(KEEP * self.predicted_s + predicted_s, KEEP * self.took_s + took_s)
+        return Pace(keep * self.predicted_s + predicted_s, keep * self.took_s + took_s)
 
     @property
     def rate(self) -> float:

@@ -287,13 +287,15 @@ class Decode:
         fixed, remote = self.cost.linear_s(batch.rows), 0.0
         if self.remote_rows:
             under = 0.0
-            if self._in_halves(batch.rows):
-                fixed = under = self.cost.halves_linear_s(batch.rows)
-            fixed += self.cost.overhead_s
             trip = self.cost.round_trip_s(self.remote_rows)
-            for peer in self.prefills:
-                if self.remote[peer.index]:
-                    remote = max(remote, trip + peer.read_tokens / peer.rate - under)
+            reading = [peer for peer in self.prefills if self.remote[peer.index]]
+            remote = max(trip + peer.read_tokens / peer.rate for peer in reading)
+            local_s = batch.local / self.cost.attention_rate
+            if self._in_halves(batch.rows):
+                both = self.cost.halves_linear_s(batch.rows)
+                if max(both + local_s, remote) < fixed + max(local_s, remote):
+                    fixed, under = both, both
+            remote, fixed = max(remote - under, 0.0), fixed + self.cost.overhead_s
         if len(self._order) > 4 * batch.rows + 16:
             self._order = [request for request in self._order if request.stamp >= 0]
         end = batch.plan(max((self.pool - self.used) // batch.rows, 1), fixed, remote)
@@ -337,6 +339,7 @@ class Decode:
                 local_span_s=local_s,
                 answer_s=local_s + exposed_s,
                 executor_s=slowest.read_tokens / slowest.rate,
+                life_steps=self.outputs.mean,
                 remote_s=slowest.read_tokens / slowest.told_rate,
                 round_trip_s=self.cost.round_trip_s(self.remote_rows),
             ),
