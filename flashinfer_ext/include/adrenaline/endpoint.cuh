@@ -115,9 +115,9 @@ __device__ __forceinline__ void begin_work(Endpoint& e) { e.work_from_ns = globa
 __device__ __forceinline__ void end_work(Endpoint& e) { e.work_ns += global_timer_ns() - e.work_from_ns; }
 
 __device__ __forceinline__ bool usable(const Endpoint& e) {
-  const bool connected = e.connected != 0; // both are loaded before either is looked at
+  const bool connected = e.connected != 0;
   const bool sound = load_relaxed_sys(&e.error) == kNoError;
-  return connected && sound;
+  return connected & sound; // not &&: both loads are under way before either is looked at
 }
 
 // The endpoint of a place, or null. `lane` may still be beyond its lanes.
@@ -178,9 +178,9 @@ __device__ __forceinline__ bool wait_for_call(Endpoint& e, uint64_t call, bool k
 // Waits for a layer of the step under way, if there is one, and keeps the end's accounts. One thread of a kernel.
 __device__ __forceinline__ void keep_layer(Endpoint& e, uint32_t layer) {
   const bool is_decode = e.own_lse != 0;
-  const bool open = e.open != 0 && layer < e.num_layers;
+  const bool open = (e.open != 0) & (layer < e.num_layers);
   const uint64_t call = e.step * e.num_layers + layer;
-  if (!usable(e) || !open) return;
+  if (!(usable(e) & open)) return;
   if (is_decode) end_work(e);
   uint64_t waited_ns;
   const bool came = wait_for_call(e, call, true, waited_ns);

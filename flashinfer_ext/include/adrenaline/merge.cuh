@@ -81,11 +81,11 @@ __global__ void __launch_bounds__(kMergeThreads) wait_and_merge_kernel(const Mer
   Endpoint& e = *link;
   if (threadIdx.x == 0) {
     const uint64_t call = e.step * e.num_layers + p.layer;
-    const bool fits = e.recv_row_bytes == p.num_heads * kHeadDim * sizeof(T) && e.own_lse != 0 &&
-                      p.num_heads == e.num_heads && p.layer < e.num_layers;
-    const bool open = e.open != 0 && lane < e.lanes;
+    const bool fits = (e.recv_row_bytes == p.num_heads * kHeadDim * sizeof(T)) & (e.own_lse != 0) &
+                      (p.num_heads == e.num_heads) & (p.layer < e.num_layers);
+    const bool open = (e.open != 0) & (lane < e.lanes);
     ready = false;
-    if (usable(e) && open) {
+    if (usable(e) & open) {
       uint64_t waited_ns;
       if (fits) {
         ready = wait_for_call(e, call, false, waited_ns);

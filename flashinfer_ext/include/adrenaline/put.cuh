@@ -27,10 +27,11 @@ struct PutParams {
 
 // Whether a put may send to this link. Rows of another size than the channel's are an error.
 __device__ __forceinline__ bool sends(const PutParams& p, Endpoint& e) {
-  const bool fits = p.row_bytes == e.send_row_bytes && p.layer < e.num_layers &&
-                    (p.src_lse == nullptr || (e.peer_lse != 0 && p.num_heads == e.num_heads));
-  const bool open = p.opens || e.open != 0;
-  if (!usable(e) || !open) return false;
+  // No && here: each would be a load that waits for the one before it.
+  const bool lse_fits = (e.peer_lse != 0) & (p.num_heads == e.num_heads);
+  const bool fits = (p.row_bytes == e.send_row_bytes) & (p.layer < e.num_layers) & (p.src_lse == nullptr | lse_fits);
+  const bool open = p.opens | (e.open != 0);
+  if (!(usable(e) & open)) return false;
   if (!fits) fail(e, kShape, e.step * e.num_layers + p.layer);
   return fits;
 }

@@ -55,7 +55,7 @@ def create_executor_end(
     """Prefill's end of a new channel; its `spec` goes to decode. Raises ChannelError.
 
     device        the rank's GPU, None on a CPU
-    wait_timeout  longest wait for a layer of a step that has begun, in seconds (ipc)
+    wait_timeout  decode's longest wait for an answer, in seconds (ipc)
     host, ports   address to listen on, and the ports to choose from (zmq)
     """
     if kind == "shm":
@@ -66,8 +66,10 @@ def create_executor_end(
         raise ChannelError("channel ipc needs a GPU")
     from sglang_adrenaline.channel import ipc
 
+    # Decode may be held up in a step by another executor for as long as it waits at most, and then goes on.
+    patience = 2 * wait_timeout
     with torch.cuda.device(device):  # the control thread's own device is GPU 0 whatever the rank
-        return ipc.create_executor_end(shape, device=device, wait_timeout=wait_timeout, peer=peer)
+        return ipc.create_executor_end(shape, device=device, wait_timeout=patience, peer=peer)
 
 
 def open_decode_end(
