@@ -109,7 +109,8 @@ __device__ __forceinline__ uint64_t global_timer_ns() {
 }
 
 // What an end does between its two kernels of a layer is its work: decode's local attention, between the put and the
-// merge's wait, and the executor's attention, between the wait and the put. Called by one thread of either kernel.
+// merge's wait, and the executor's attention, between the wait and the put. Called by one thread of either kernel. Where a
+// step runs as two halves, the put is the other half's, after whose turn this one attends: it is local attention still.
 __device__ __forceinline__ void begin_work(Endpoint& e) { e.work_from_ns = global_timer_ns(); }
 
 __device__ __forceinline__ void end_work(Endpoint& e) { e.work_ns += global_timer_ns() - e.work_from_ns; }
