@@ -79,8 +79,12 @@ class Loopback:
         names = ("step", "open", "launches", "error", "arrivals", "wait_ns", "waits", "work_ns", "joins")
         return {name: getattr(words, name) for name in names}
 
-    def close(self) -> None:
+    def abort(self) -> None:
+        """End every wait."""
         self.decode_host.control.abort = self.executor_host.control.abort = 1
+
+    def close(self) -> None:
+        self.abort()
         torch.cuda.synchronize()
         for memory in (self.q_memory, self.o_memory, self.decode_host, self.executor_host):
             memory.free()

@@ -24,18 +24,18 @@ BATCH, LAYERS = 24, 3
 class Executor(Loopback):
     """Answers o = factor * q, lse = lane_lse; a step is a graph."""
 
-    def prepare(self, factor: float) -> None:
-        self.factor = factor
+    def prepare(self, factor: float, stream: torch.cuda.Stream) -> None:
+        self.factor, self.executor_stream = factor, stream
         self.lane_lse = torch.randn(self.lanes, self.num_heads, device="cuda")
-        answer = torch.zeros_like(self.o[0])
+        self.answer = torch.zeros_like(self.o[0])  # not a local: the graph writes there for as long as it lives
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(self.graph, stream=self.executor_stream):
             words = self.executor.words
             for layer in range(self.num_layers):
                 kernels.wait_layer(words, layer) if layer else kernels.wait_step(words)
-                torch.mul(self.q[layer & 1], factor, out=answer)
-                kernels.put_answers(words, answer, self.lane_lse, layer)
+                torch.mul(self.q[layer & 1], factor, out=self.answer)
+                kernels.put_answers(words, self.answer, self.lane_lse, layer)
         self.bind()
 
     def launch(self) -> None:
@@ -49,7 +49,9 @@ class Decode:
     def __init__(self) -> None:
         self.endpoints = IpcEndpoints(0)
         self.executors: list[Executor] = []
-        self.stream = torch.cuda.Stream()
+        # Side by side: CUDA deals streams out to 8 hardware queues in turn (CUDA_DEVICE_MAX_CONNECTIONS), and what is
+        # in decode's queue behind an executor that waits for decode never begins. Each Loopback makes several streams.
+        self.stream, *self.executor_streams = (torch.cuda.Stream() for _ in range(1 + MAX_LINKS))
         self.q = torch.zeros(LAYERS, BATCH, 8, 128, dtype=torch.bfloat16, device="cuda")
         self.o_local, self.o = torch.zeros_like(self.q), torch.zeros_like(self.q)
         self.lse_local = torch.zeros(LAYERS, BATCH, 8, device="cuda")
@@ -69,13 +71,14 @@ class Decode:
         endpoint = self.endpoints.take()
         executor = Executor(lanes=10, num_layers=LAYERS, wait_limit_s=wait_limit_s, bound=False, in_group=endpoint)
         self.executors.append(executor)
-        executor.prepare(factor=1.0 + len(self.executors))
+        executor.prepare(1.0 + len(self.executors), self.executor_streams[len(self.executors) - 1])
         return executor
 
     def step(self, counts: Sequence[int], *, silent: Sequence[Executor] = ()) -> None:
         """Random inputs and one step with so many rows of each executor; waits for it and compares.
 
-        Executors without rows are not launched; `silent` ones neither, and their rows stay as they were.
+        Executors without rows are not launched; `silent` ones neither, and their rows stay as they were. The comparison
+        is made on the CPU, where a wrong index is one test's error and not the end of the process's CUDA context.
         """
         taken = torch.randperm(BATCH)[: sum(counts)]
         parts = [(executor, rows) for executor, rows in zip(self.executors, taken.split(list(counts)), strict=True)]
@@ -85,7 +88,7 @@ class Decode:
         for executor, rows in parts:
             lanes = torch.randperm(executor.lanes)[: len(rows)]
             places += executor.decode.places(lanes.tolist())
-            expected.append((executor, rows.cuda(), lanes.cuda()))
+            expected.append((executor, rows, lanes))
         order = torch.randperm(len(places))  # rows of links are mixed in the kernels' blocks, too
         self.rows.fill_(-1)
         self.places.fill_(-1)
@@ -98,20 +101,22 @@ class Decode:
         with torch.cuda.stream(self.stream):
             self.graph.replay()
         assert finishes(self.stream, 15.0)
-        o, lse = self.o_local.clone(), self.lse_local.clone()
+        q, o, lse = self.q.cpu(), self.o_local.cpu(), self.lse_local.cpu()
         for executor, rows, lanes in expected:
             if executor not in silent:
+                lane_lse = executor.lane_lse.cpu()[lanes]
                 for layer in range(LAYERS):
-                    answer = self.q[layer][rows] * executor.factor
-                    merge_rows_(o[layer], lse[layer], answer, executor.lane_lse[lanes], rows)
-        torch.testing.assert_close(self.o, o)
-        torch.testing.assert_close(self.lse, lse, rtol=1e-5, atol=1e-5)
+                    merge_rows_(o[layer], lse[layer], q[layer][rows] * executor.factor, lane_lse, rows)
+        torch.testing.assert_close(self.o.cpu(), o)
+        torch.testing.assert_close(self.lse.cpu(), lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture
 def decode() -> Iterator[Decode]:
     made = Decode()
     yield made
+    for executor in made.executors:  # before the first one is closed, which waits for the device
+        executor.abort()
     for executor in made.executors:
         executor.close()
 
@@ -166,7 +171,7 @@ def test_abort_of_one_link_ends_the_step_with_the_answers_of_the_others(decode):
     decode.step([8, 8], silent=[gone])
     assert gone.decode_host.status.error == EndpointError.ABORTED and steady.decode_host.status.error == 0
     replaced = Executor(lanes=10, num_layers=LAYERS, bound=False, in_group=gone.decode)
-    replaced.prepare(factor=9.0)
+    replaced.prepare(9.0, gone.executor_stream)
     decode.executors[1] = replaced
     gone.close()
     for _ in range(10):

@@ -44,7 +44,7 @@ class Graphs:
         self.lse = torch.zeros_like(self.lse_local)
         self.rows, self.lanes = index([-1] * BATCH), index([-1] * BATCH)
         self.lane_lse = torch.zeros(channel.lanes, heads, device="cuda")
-        answer = torch.zeros_like(channel.o[0])
+        self.answer = torch.zeros_like(channel.o[0])  # not a local: the graph writes there for as long as it lives
         self.decode, self.executor = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(self.decode, stream=channel.decode_stream):
@@ -58,8 +58,8 @@ class Graphs:
             words = channel.executor.words
             for layer in range(layers):
                 kernels.wait_layer(words, layer) if layer else kernels.wait_step(words)
-                torch.mul(channel.q[layer & 1], 2, out=answer)
-                kernels.put_answers(words, answer, self.lane_lse, layer)
+                torch.mul(channel.q[layer & 1], 2, out=self.answer)
+                kernels.put_answers(words, self.answer, self.lane_lse, layer)
         torch.cuda.synchronize()
         channel.bind()
 
@@ -188,6 +188,7 @@ def test_executor_idle_limit_ends_a_launch_without_error(loop):
 def test_executor_peer_stops_in_the_middle_of_a_step_is_an_error(loop):
     graphs = loop(wait_limit_s=0.1)
     channel = graphs.channel
+    graphs.randomize(torch.Generator().manual_seed(7))  # some rows: without any there is no step
     kernels.put_queries(channel.decode.words, graphs.q[0], graphs.rows, graphs.lanes, 0)
     torch.cuda.synchronize()
     assert finishes(graphs.run("executor"), 5.0)
@@ -198,13 +199,16 @@ def test_executor_peer_stops_in_the_middle_of_a_step_is_an_error(loop):
 
 def test_merge_hundreds_of_rows_notice_a_late_answer_as_soon_as_one_would():
     """All blocks looking at host memory made every wait of more than 10 us one of 1.5 ms."""
-    _raise_clocks()
+    _get_ready_to_sleep()
     alone_ns, together_ns = late_answer_wait_ns(1), late_answer_wait_ns(256)
     assert together_ns < 1.5 * alone_ns + 100_000, (alone_ns, together_ns)
 
 
 def late_answer_wait_ns(rows: int) -> int:
-    """How long decode waits for an answer to so many rows that comes 400,000 cycles late (0.2 ms at full clocks)."""
+    """How long decode waits for an answer to so many rows that comes 400,000 cycles late (0.2 ms at full clocks).
+
+    What is launched here must be loaded already: to load a kernel may take an idle device, see `kernels.warm_up`.
+    """
     channel = Loopback(lanes=rows, num_layers=1, num_heads=32)
     try:
         q = torch.randn(rows, 32, channel.head_dim, device="cuda").to(channel.dtype)
@@ -212,7 +216,7 @@ def late_answer_wait_ns(rows: int) -> int:
         answer, lane_lse = torch.zeros_like(q), torch.zeros(rows, 32, device="cuda")
         every = index(list(range(rows)))
         waited = []
-        for _ in range(3):  # the first time loads kernels
+        for _ in range(3):  # the last time counts
             torch.cuda.synchronize()
             with torch.cuda.stream(channel.executor_stream):
                 kernels.wait_step(channel.executor.words)
@@ -233,14 +237,13 @@ def test_work_between_the_kernels_of_a_layer_is_measured_on_both_ends():
     cycles, layers = 400_000, 4
     channel = Loopback(num_layers=layers)
     try:
-        _raise_clocks()
-        torch.cuda._sleep(1)
+        _get_ready_to_sleep()
         q = torch.randn(2, channel.num_heads, channel.head_dim, device="cuda").to(channel.dtype)
         o, lse = q.clone(), torch.zeros(2, channel.num_heads, device="cuda")
         local_lse = lse.clone()
         rows, lanes = index([0, 1]), index([3, 1])
         torch.cuda.synchronize()
-        for _ in range(2):  # the first time loads kernels
+        for _ in range(2):  # the last time counts
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             work = [channel.words(end)["work_ns"] for end in (channel.decode, channel.executor)]
             with torch.cuda.stream(channel.executor_stream):
@@ -272,8 +275,9 @@ def test_work_between_the_kernels_of_a_layer_is_measured_on_both_ends():
         channel.close()
 
 
-def _raise_clocks() -> None:
-    """An idle GPU counts its cycles at a sixth of the speed."""
+def _get_ready_to_sleep() -> None:
+    """Loads the kernel that sleeps, and raises the clocks: an idle GPU counts its cycles at a sixth of the speed."""
+    torch.cuda._sleep(1)
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     for _ in range(300):
         a @ a
