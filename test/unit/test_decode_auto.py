@@ -98,12 +98,12 @@ def test_decide_no_request_on_decode_is_never_held():
 
 
 def test_decide_busy_prefill_is_left_alone():
-    decision = decider().decide("r", prompt(512), LIMIT, "a", BUSY, there(prefill_load=0.95))
+    decision = decider().decide("r", prompt(512), LIMIT, "a", BUSY, there(prefill_load=1.05))
     assert decision is not None and decision.split == 0
 
 
 def test_decide_load_of_prefill_does_not_matter_where_the_executor_has_sms_of_its_own():
-    decision = decider().decide("r", prompt(512), LIMIT, "a", BUSY, there(prefill_load=0.95, executor_share=0.36))
+    decision = decider().decide("r", prompt(512), LIMIT, "a", BUSY, there(prefill_load=1.05, executor_share=0.36))
     assert decision is not None and decision.split == 512
 
 
@@ -190,7 +190,7 @@ def test_observe_long_waits_slow_the_executors_rate_down():
 
 def test_decide_prompt_in_decodes_own_tree_needs_no_room_there():
     """Its prefix is locked by running requests, so only the rest takes slots."""
-    busy_prefill = there(prefill_load=0.95)
+    busy_prefill = there(prefill_load=1.05)
     almost = here(rows=190, used=117_000)
     assert decider().decide("r", prompt(5000), LIMIT, "a", almost, busy_prefill) is None
     auto = decider()

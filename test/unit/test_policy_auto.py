@@ -271,7 +271,7 @@ def test_decide_busier_prefill_never_offloads_more(state, request, decode, fleet
 
 def test_decide_prefill_with_all_its_time_needed_is_left_alone():
     request, rules = policy.Request(prompt_len=900), policy.LoadSettings()
-    busy = {"a": msgspec.structs.replace(IDLE["a"], prefill_load=0.95)}
+    busy = {"a": msgspec.structs.replace(IDLE["a"], prefill_load=1.05)}
     assert split(policy.LoadState(), request, BUSY, IDLE, rules) == 900
     decision, _ = policy.decide_by_load(policy.LoadState(), request, "a", BUSY, busy, rules)
     assert decision == policy.Decision(0, policy.Reason.PREFILL)

@@ -90,8 +90,8 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the hidden room that is kept for requests with a reused prefix while all requests have one."""
     reuse_weight: float = 0.05
     """Weight of the newest request in the running share of reused prompt tokens."""
-    prefill_utilisation: float = 0.9
-    """Prefill may be kept busy up to this share of the time that executors leave it."""
+    prefill_utilisation: float = 1.0
+    """Prefill may be kept busy up to this share of the time that executors leave it; less for an objective of TTFT."""
     relief: float = 0.1
     """Memory pressure is over once a request fits with this share of the pool to spare."""
     wait_low: float = 0.01
