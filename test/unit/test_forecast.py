@@ -153,6 +153,11 @@ def test_memory_forecast_follows_answers_and_their_ends():
     assert forecast.growth(10) == Growth(200 + 10 + headroom, 10)
 
 
+def test_memory_forecast_lets_the_only_request_have_all():
+    """As stock SGLang does: nothing would ever make more room for it."""
+    assert MemoryForecast(10_000, 512).growth(100) == Growth(100, 100)
+
+
 def test_memory_forecast_counts_what_is_promised():
     forecast = MemoryForecast(0, 512)
     assert forecast.growth(10, [Promised(0, 30), Promised(0, 30)]) == Growth(30 + 30 + 10, 10)

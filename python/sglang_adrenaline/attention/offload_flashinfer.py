@@ -158,7 +158,7 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
 
     def _prepare_cuda_graph_metadata(self, bs: int, num_tokens: int, forward_mode: Any, spec_info: Any) -> None:
         # Upstream makes new wrappers at every capture and plans only the last ones at replay: the graph captured first
-        # would attend with a stale plan. Both graphs of a batch size share the wrappers of the first.
+        # would attend with a stale plan. Graphs of a batch size share the wrappers of the first; halves have others.
         wrappers = self.decode_cuda_graph_metadata.get(bs) if forward_mode.is_decode_or_idle() else None
         if wrappers is None:
             super()._prepare_cuda_graph_metadata(bs, num_tokens, forward_mode, spec_info)

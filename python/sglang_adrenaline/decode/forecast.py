@@ -57,7 +57,7 @@ class MemoryForecast:
             self._shares = self._shares.add(compat.output_len(req), compat.answer_limit(req))
 
     def growth(self, limit: int, promised: Sequence[Promised] = ()) -> Growth:
-        """See `memory.KeptFree`; with a little head-room for what cannot be known."""
+        """See `memory.KeptFree`; with a little head-room for what cannot be known of others, if there are any."""
         if self._rows is None:
             self._rows = self._gather(self._prompts.values())
         rows = self._rows
@@ -66,7 +66,8 @@ class MemoryForecast:
         if promised:
             rows += _Rows(new[1:, 0], left[1:])
         own = int(left[0])
-        return Growth(policy.peak_growth(rows.held, rows.left, own) + self._headroom, own)
+        headroom = self._headroom if len(rows.held) else 0
+        return Growth(policy.peak_growth(rows.held, rows.left, own) + headroom, own)
 
     def _gather(self, prompts: Iterable[tuple[Any, int]]) -> _Rows:
         rows = [(tokens, compat.output_len(req), compat.answer_limit(req)) for req, tokens in prompts]
