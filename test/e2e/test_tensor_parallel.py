@@ -61,7 +61,7 @@ def test_splits_of_all_lengths_and_choices_by_load_equal_stock(group, reference)
 
 def test_kill_one_prefill_rank_ends_every_request_and_a_restart_serves_again(group):
     """The link of one decode rank dies at once, that of the other a moment later: both must end the same requests."""
-    remote = [Client(group.url, split=-1, tokens=3000, seed=seed) for seed in (1, 2, 3)]
+    remote = [Client(group.url, split=-1, tokens=1200, seed=seed) for seed in (1, 2, 3)]
     local = [Client(group.url, split=0, tokens=300, seed=seed) for seed in (4, 5)]
     wait_until(lambda: sum(group.status("decode")["running"].values()) >= 5, 60, "all requests run")
     os.kill(scheduler_pid(group.servers["prefill"], rank=1), signal.SIGKILL)

@@ -39,6 +39,10 @@ class MemoryForecast:
         self._rows: _Rows | None = None
         """As they are in this scheduler loop; None until it is asked for."""
 
+    @property
+    def num_rows(self) -> int:
+        return len(self._prompts)
+
     def new_loop(self) -> None:
         """Answers have grown."""
         self._rows = None

@@ -92,7 +92,7 @@ def make_prealloc_queue(base: type, runtime: DecodeRuntime) -> type:
             return (full - offload.remote_prefix_len if offload is not None else full), swa
 
         def _active_reserved_tokens(self, n_active: int | None = None, extra_reserved_reqs: int = 0) -> int:
-            if runtime.forecast is None:
+            if runtime.forecast is None or not runtime.forecast.num_rows:  # asked in every loop of an idle server, too
                 return super()._active_reserved_tokens(n_active, extra_reserved_reqs)
             # Upstream adds its constant for the newcomer, whose part is in the forecast already.
             return runtime.forecast.growth(self._now().longest_next).tokens - self.num_reserved_decode_tokens
