@@ -35,6 +35,9 @@ class _Loop:
     """Limit of the longest of the answers whose turn to be admitted it may be."""
 
 
+IDLE = _Loop(0, 0, 0, 1)
+
+
 def make_prealloc_queue(base: type, runtime: DecodeRuntime) -> type:
     """The class that takes the place of `base` (SGLang's DecodePreallocQueue) in the decode scheduler."""
 
@@ -110,6 +113,8 @@ def make_prealloc_queue(base: type, runtime: DecodeRuntime) -> type:
         def _now(self) -> _Loop:
             if self._loop is None or self._loop.number != runtime.loops:
                 running = compat.running_requests(self.scheduler)
+                if not (running or self.queue or self.retracted_queue):
+                    return IDLE
                 remote = [o.remote_prefix_len if (o := runtime.of(req)) is not None else 0 for req in running]
                 sizes = (compat.most_tokens(req) - part for req, part in zip(running, remote, strict=True))
                 waiting = [*self.retracted_queue[:LOOK_AHEAD], *(entry.req for entry in self.queue[:LOOK_AHEAD])]
