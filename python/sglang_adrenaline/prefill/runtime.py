@@ -124,7 +124,7 @@ class PrefillRuntime:
         try:
             model = auto_cost.served_model(compat.model_config(self._scheduler))
         except ConfigError as error:
-            logger.warning("the executor's share of the GPU does not follow the load: %s", error)
+            logger.warning("a prompt's time is guessed, and no share of a GPU follows the load: %s", error)
             return None
         return auto_cost.for_server(self.config, model, compat.device_name(self._scheduler))
 
