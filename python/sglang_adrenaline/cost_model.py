@@ -77,6 +77,10 @@ class CostModel:
             return max(self.halves_linear_s(rows) + local_s, slowest) + self.overhead_s
         return self.linear_s(rows) + max(local_s, slowest) + self.overhead_s
 
+    def halves_pay(self, rows: int, local_tokens: float, remote: Sequence[tuple[float, float, float]]) -> bool:
+        """Whether the step is faster in halves; arguments as for `step_s`."""
+        return self.step_s(rows, local_tokens, remote, halves=True) < self.step_s(rows, local_tokens, remote)
+
     def prefill_s(self, new_tokens: int, cached_tokens: int = 0) -> float:
         """One prompt's own part of a batch (the batch's fixed time excluded)."""
         pairs = new_tokens * (cached_tokens + new_tokens / 2)

@@ -203,13 +203,11 @@ class LoadDecider:
             for name, peer in reading.items()
         ]
         read = local_tokens / state.local_pace.rate
-        step_s, halves = self.cost.step_s(rows, read, measured), False
+        halves = self._in_halves(rows) and self.cost.halves_pay(rows, read, measured)
         if self._in_halves(rows):
-            halves_s = self.cost.step_s(rows, read, measured, halves=True)
-            self.halves_pay = halves = halves_s < step_s
-            step_s = min(step_s, halves_s)
+            self.halves_pay = halves
         return Predicted(
-            step_s=step_s,
+            step_s=self.cost.step_s(rows, read, measured, halves=halves),
             local_s=local_tokens / self.cost.attention_rate,
             under_s=self.cost.halves_linear_s(rows) if halves else 0.0,
             remote=parts,

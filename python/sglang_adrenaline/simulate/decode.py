@@ -288,13 +288,10 @@ class Decode:
         if self.remote_rows:
             under = 0.0
             trip = self.cost.round_trip_s(self.remote_rows)
-            reading = [peer for peer in self.prefills if self.remote[peer.index]]
-            remote = max(trip + peer.read_tokens / peer.rate for peer in reading)
-            local_s = batch.local / self.cost.attention_rate
-            if self._in_halves(batch.rows):
-                both = self.cost.halves_linear_s(batch.rows)
-                if max(both + local_s, remote) < fixed + max(local_s, remote):
-                    fixed, under = both, both
+            parts = [(peer.read_tokens, peer.rate, trip) for peer in self.prefills if self.remote[peer.index]]
+            remote = max(trip + tokens / rate for tokens, rate, _ in parts)
+            if self._in_halves(batch.rows) and self.cost.halves_pay(batch.rows, batch.local, parts):
+                fixed = under = self.cost.halves_linear_s(batch.rows)
             remote, fixed = max(remote - under, 0.0), fixed + self.cost.overhead_s
         if len(self._order) > 4 * batch.rows + 16:
             self._order = [request for request in self._order if request.stamp >= 0]
