@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from sglang_adrenaline.policy.sm_share import SharePoint
 from sglang_adrenaline.profile_data import Profile, ShareFigures
 
-HALVES_COST = 1.2
-"""Of two halves, more and smaller kernels than of a whole: on an H200 13 ms for 389 rows of the 7B shape, not 11."""
+HALVES_LAYER_S = 95e-6
+"""What a layer of two halves takes beyond the linear work of both: twice the small kernels. Estimated from steps of the
+7B shape on an H200 that waited for nobody: without local attention 10.4 ms with 200 rows, 13 with 389, 16 with 455
+(halves), 5.8 with 176 (whole)."""
 WHOLE_DEVICE = 0.0
 """As a share: no partition; executor and prefill use all SMs and get in each other's way."""
 
@@ -46,7 +48,7 @@ class CostModel:
     def halves_linear_s(self, rows: int) -> float:
         """The same of a batch that runs as two halves, each of which reads the weights."""
         both_s = self.linear_s(rows // 2) + self.linear_s(rows - rows // 2) - self.profile.step_fixed_s
-        return HALVES_COST * both_s
+        return both_s + self.layers * HALVES_LAYER_S
 
     def round_trip_s(self, rows: int) -> float:
         """All layers' round trips for so many offloaded rows."""
@@ -104,7 +106,7 @@ class CostModel:
             SharePoint(
                 executor_share=point.share,
                 attention_rate=point.attention_bytes_s / self.kv_token_bytes,
-                prefill_rate=point.prefill_factor / self.profile.prefill_token_s,
+                prefill_factor=point.prefill_factor,
             )
             for point in self.profile.shares
         ]

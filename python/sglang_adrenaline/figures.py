@@ -106,15 +106,44 @@ class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
     flops: float
     peer_bytes_s: float
     """To a peer on the same host, one direction."""
+    sms: int
+    sm_bytes_s: float
+    """Memory bandwidth that one SM reaches while others leave room."""
     gpu: bool = True
 
+    def part_of_bandwidth(self, share: float) -> float:
+        """Of the device's memory bandwidth, what so much of its SMs reach (0..1, like the answer).
+
+        A smooth minimum of what the SMs can ask for and what memory gives. Its order is fitted to green contexts of
+        8 to 96 SMs of an H100 (within 10 %).
+        """
+        asked = share * self.sms * self.sm_bytes_s / (BANDWIDTH_EFFICIENCY * self.memory_bytes_s)
+        return asked / (1.0 + asked**4) ** 0.25
+
+
+BANDWIDTH_EFFICIENCY = 0.89
+"""Share of the data sheet's memory bandwidth that weights and KV are read with: 2,972 of 3,350 GB/s on an H100."""
+
+_H100 = DeviceFigures(
+    memory_bytes=85.0e9,
+    memory_bytes_s=3.35e12,
+    flops=989e12,
+    peer_bytes_s=450e9,
+    sms=132,
+    sm_bytes_s=77e9,  # 8 SMs read and write 615 GB/s
+)
 
 DEVICES: dict[str, DeviceFigures] = {
-    "H100": DeviceFigures(memory_bytes=85.0e9, memory_bytes_s=3.35e12, flops=989e12, peer_bytes_s=450e9),
-    "H200": DeviceFigures(memory_bytes=150.0e9, memory_bytes_s=4.8e12, flops=989e12, peer_bytes_s=450e9),
-    "A100": DeviceFigures(memory_bytes=85.0e9, memory_bytes_s=2.04e12, flops=312e12, peer_bytes_s=300e9),
+    "H100": _H100,
+    "H200": msgspec.structs.replace(_H100, memory_bytes=150.0e9, memory_bytes_s=4.8e12),
+    # An SM's bandwidth is a guess: an H100's by their clocks.
+    "A100": DeviceFigures(
+        memory_bytes=85.0e9, memory_bytes_s=2.04e12, flops=312e12, peer_bytes_s=300e9, sms=108, sm_bytes_s=58e9
+    ),
     # One core of a server CPU with wide vectors; memory as a small virtual machine has it.
-    "CPU": DeviceFigures(memory_bytes=8e9, memory_bytes_s=12e9, flops=60e9, peer_bytes_s=4e9, gpu=False),
+    "CPU": DeviceFigures(
+        memory_bytes=8e9, memory_bytes_s=12e9, flops=60e9, peer_bytes_s=4e9, sms=1, sm_bytes_s=12e9, gpu=False
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from sglang_adrenaline import cpu_info
+from sglang_adrenaline import cpu_info, slot_runs
 from sglang_adrenaline.config import HOST_SERVERS_ENV
 from sglang_adrenaline.errors import ConfigError
 
@@ -97,14 +97,31 @@ class AdrenalineCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return MLATokenToKVPool
 
     def get_paged_allocator_cls(self) -> type:
-        """Upstream's token allocator behind the constructor of its paged one: SGLang passes `page_size` to both."""
+        """Upstream's token allocator, behind the constructor of its paged one (SGLang passes `page_size` to both), with
+        neighbouring slots for prompts."""
         from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 
         class CpuTokenAllocator(TokenToKVPoolAllocator):
+            free_pages: torch.Tensor
+
             def __init__(self, size: int, *, page_size: int, **kwargs: Any) -> None:
                 if page_size != 1:
                     raise ConfigError(f"--page-size must be 1 on a CPU, not {page_size}: paged allocation needs Triton")
                 super().__init__(size, **kwargs)
+
+            def alloc(self, need_size: int) -> torch.Tensor | None:
+                if not slot_runs.RUN_TOKENS <= need_size <= self.available_size():
+                    return super().alloc(need_size)
+                self.merge_and_sort_free()
+                taken, rest = slot_runs.take(self.free_pages.numpy(), need_size)
+                self.free_pages = torch.from_numpy(rest)
+                return torch.from_numpy(taken)
+
+            def merge_and_sort_free(self) -> None:
+                if len(self.release_pages):
+                    super().merge_and_sort_free()
+                    ordered = slot_runs.shortest_first(self.free_pages.numpy())
+                    self.free_pages = torch.from_numpy(ordered)
 
         return CpuTokenAllocator
 

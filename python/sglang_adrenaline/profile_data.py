@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from sglang_adrenaline.errors import ConfigError
-from sglang_adrenaline.figures import DEVICES, ModelFigures, known_device
+from sglang_adrenaline.figures import BANDWIDTH_EFFICIENCY, DEVICES, ModelFigures, known_device
 
 VERSION: Literal[1] = 1
 
@@ -130,12 +130,9 @@ def encode_profile(profile: Profile) -> bytes:
     return msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n"
 
 
-BANDWIDTH_EFFICIENCY = 0.89
-"""Share of the data sheet's memory bandwidth that weights and KV are read with: 2,972 of 3,350 GB/s on an H100."""
 FLOPS_EFFICIENCY = 0.55
 LINEAR_ROWS = (1, 8, 16, 32, 64, 128, 192, 256, 384, 512, 1024, 2048)
-SM_BANDWIDTH = ((0.06, 0.21), (0.12, 0.40), (0.18, 0.56), (0.24, 0.72), (0.36, 0.90), (0.48, 0.94), (0.73, 1.0))
-"""Share of SMs, share of bandwidth: green contexts of an H100."""
+SM_SHARES = (0.06, 0.12, 0.18, 0.24, 0.36, 0.48, 0.6, 0.73)
 
 
 def datasheet_profile(device: str, model: ModelFigures, tp_size: int = 1) -> Profile:
@@ -157,7 +154,9 @@ def datasheet_profile(device: str, model: ModelFigures, tp_size: int = 1) -> Pro
     ]
     shares = [
         ShareFigures(share=share, attention_bytes_s=bandwidth * part, prefill_factor=1 - share)
-        for share, part in (SM_BANDWIDTH if sheet.gpu else ((0.5, 0.5),))
+        for share, part in (
+            [(share, sheet.part_of_bandwidth(share)) for share in SM_SHARES] if sheet.gpu else [(0.5, 0.5)]
+        )
     ]
     return Profile(
         device=key,

@@ -255,8 +255,8 @@ def test_most_utilisation_is_where_the_predicted_ttft_meets_the_objective(servic
     load = most_utilisation(service_s, slo_s)
     assert 0.0 <= load <= 1.0
     if 0.0 < load < 0.89:
-        at = PrefillLoad(requests_s=load / service_s, prompt_tokens=1000)
-        assert predicted_ttft_s(at, 1000 / service_s) == pytest.approx(MARGIN * slo_s, rel=1e-6)
+        at = PrefillLoad(requests_s=load / service_s, prompt_s=0.5 * service_s)
+        assert predicted_ttft_s(at, 0.5) == pytest.approx(MARGIN * slo_s, rel=1e-6)
 
 
 def test_step_times_report_each_link_once_a_window():

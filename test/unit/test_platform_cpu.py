@@ -191,3 +191,23 @@ def test_operators_for_arm_threads_are_defined_once_and_do_nothing():
     platform_cpu._define_arm_thread_ops()
     assert torch.ops.sgl_kernel.init_cpu_threads_env("0,1") is None
     assert torch.ops.sgl_kernel.initialize(1, 0) is None
+
+
+def test_prompts_get_neighbouring_slots_though_single_ones_came_and_went():
+    cls = AdrenalineCpuPlatform().get_paged_allocator_cls()
+    allocator = cls(2048, page_size=1, dtype=torch.float32, device="cpu", kvcache=None, need_sort=True)
+    prompts, answers = [], []
+    for _ in range(3):  # as decode does: prompts, then a slot a row and step
+        prompts.append(allocator.alloc(300))
+        answers += [allocator.alloc(3) for _ in range(40)]
+    allocator.free(prompts[0])
+    for taken in answers[::2]:
+        allocator.free(taken)
+    again = allocator.alloc(290)
+    assert torch.diff(again).eq(1).all()
+    held = torch.cat([again, *prompts[1:], *answers[1::2]])
+    free = torch.cat([allocator.free_pages, allocator.release_pages])
+    assert sorted([*held.tolist(), *free.tolist()]) == list(range(1, 2049))
+    assert allocator.alloc(len(free) + 1) is None
+    assert allocator.available_size() == len(free)
+    assert len(allocator.alloc(len(free))) == len(free)

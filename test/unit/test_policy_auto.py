@@ -529,15 +529,15 @@ def test_duty_is_a_share_and_forgets(steps):
 
 
 POINTS = [
-    policy.SharePoint(executor_share=share, attention_rate=rate, prefill_rate=prefill)
-    for share, rate, prefill in ((0.1, 2e6, 30e3), (0.25, 4e6, 25e3), (0.5, 5.5e6, 17e3), (1.0, 6e6, 5e3))
+    policy.SharePoint(executor_share=share, attention_rate=rate, prefill_factor=prefill)
+    for share, rate, prefill in ((0.1, 2e6, 0.75), (0.25, 4e6, 0.625), (0.5, 5.5e6, 0.425), (1.0, 6e6, 0.125))
 ]
 
 
 @given(st.floats(0, 50), st.floats(0.01, 0.99))
 def test_choose_share_more_load_or_a_tighter_objective_never_takes_more(requests_s, fraction):
     def share(requests_s, slo):
-        load = policy.PrefillLoad(requests_s=requests_s, prompt_tokens=512)
+        load = policy.PrefillLoad(requests_s=requests_s, prompt_s=512 / 40e3)
         return policy.choose_share(POINTS, load, slo).executor_share
 
     assert share(requests_s, 1.0) <= share(requests_s * fraction, 1.0)
@@ -545,12 +545,14 @@ def test_choose_share_more_load_or_a_tighter_objective_never_takes_more(requests
 
 
 def test_choose_share_idle_takes_the_fastest_and_overload_the_smallest():
-    assert policy.choose_share(POINTS, policy.PrefillLoad(requests_s=0, prompt_tokens=512), 1.0).executor_share == 1.0
-    assert policy.choose_share(POINTS, policy.PrefillLoad(requests_s=999, prompt_tokens=512), 1.0).executor_share == 0.1
+    assert policy.choose_share(POINTS, policy.PrefillLoad(requests_s=0, prompt_s=512 / 40e3), 1.0).executor_share == 1.0
+    assert (
+        policy.choose_share(POINTS, policy.PrefillLoad(requests_s=999, prompt_s=512 / 40e3), 1.0).executor_share == 0.1
+    )
 
 
 def test_choose_share_growing_needs_room_to_spare():
     # 0.5 carries up to about 29.8 requests/s of 512 tokens; at 28 it does, with a tenth more it would not.
-    load = policy.PrefillLoad(requests_s=28, prompt_tokens=512)
+    load = policy.PrefillLoad(requests_s=28, prompt_s=512 / 40e3)
     assert policy.choose_share(POINTS, load, 1.0, current=0.5).executor_share == 0.5
     assert policy.choose_share(POINTS, load, 1.0, current=0.25).executor_share == 0.25

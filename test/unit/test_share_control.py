@@ -9,33 +9,37 @@ from hypothesis import strategies as st
 
 from sglang_adrenaline.cost_model import WHOLE_DEVICE, CostModel
 from sglang_adrenaline.policy import PrefillLoad, SharePoint
+from sglang_adrenaline.policy.prefill_load import ArrivedWork
 from sglang_adrenaline.policy.sm_share import MARGIN, predicted_ttft_s
 from sglang_adrenaline.prefill.share_control import DWELL_S, ShareControl, points_at
 from sglang_adrenaline.profile_data import datasheet_profile
 
 POINTS = [
-    SharePoint(executor_share=share, attention_rate=rate, prefill_rate=prefill)
-    for share, rate, prefill in ((0.1, 2e6, 30e3), (0.25, 4e6, 25e3), (0.5, 5.5e6, 17e3))
+    SharePoint(executor_share=share, attention_rate=rate, prefill_factor=prefill)
+    for share, rate, prefill in ((0.1, 2e6, 0.75), (0.25, 4e6, 0.625), (0.5, 5.5e6, 0.425))
 ]
 SLO_S = 0.2
+ALONE_RATE = 40e3
+"""Tokens per second of prefill alone."""
 
 
 def run(control, begin, seconds, prompts_s, tokens=1024):
     """The shares of that time, one for each prompt."""
     times = [begin + number / prompts_s for number in range(int(seconds * prompts_s))]
-    shares = []
+    shares, arrived = [], ArrivedWork()
     for now in times:
-        control.computed(now, tokens)
-        shares.append(control.share(now))
+        arrived.add(now, tokens / ALONE_RATE)
+        control.computed(tokens / ALONE_RATE)
+        shares.append(control.share(now, arrived.load(now, 0.0)))
     return shares
 
 
 def test_share_load_that_rises_and_falls_takes_the_share_away_and_gives_it_back():
     control = ShareControl(POINTS, SLO_S)
-    assert control.share(1.0) == 0.5
+    assert control.share(1.0, 0.0) == 0.5
     assert run(control, 1.0, 60, prompts_s=5)[-1] == 0.5
     assert run(control, 61.0, 60, prompts_s=22)[-1] == 0.1
-    assert control.share(300.0) == 0.5
+    assert control.share(300.0, 0.0) == 0.5
 
 
 def test_share_steady_load_settles():
@@ -44,13 +48,13 @@ def test_share_steady_load_settles():
         assert len(set(shares[len(shares) // 2 :])) == 1, prompts_s
 
 
-@given(st.lists(st.tuples(st.floats(1e-3, 2.0), st.integers(1, 20_000)), min_size=1, max_size=200))
+@given(st.lists(st.tuples(st.floats(1e-3, 2.0), st.floats(1e-4, 1.0), st.floats(0.0, 3.0)), min_size=1, max_size=200))
 def test_share_changes_no_faster_than_it_may_and_only_between_measured_points(prompts):
     control, now, changes, before = ShareControl(POINTS, SLO_S), 1.0, [], None
-    for gap, tokens in prompts:
+    for gap, alone_s, load in prompts:
         now += gap
-        control.computed(now, tokens)
-        share = control.share(now)
+        control.computed(alone_s)
+        share = control.share(now, load)
         assert share in {WHOLE_DEVICE, *(point.executor_share for point in POINTS)}
         if before is not None and share != before:
             changes.append(now)
@@ -62,15 +66,15 @@ def test_share_settled_keeps_the_objective():
     for prompts_s in (4, 9, 12, 18):
         share = run(ShareControl(POINTS, SLO_S), 1.0, 120, prompts_s)[-1]
         (point,) = (point for point in POINTS if point.executor_share == share)
-        load = PrefillLoad(requests_s=prompts_s, prompt_tokens=1024)
-        assert predicted_ttft_s(load, point.prefill_rate) <= 1.3 * MARGIN * SLO_S
+        load = PrefillLoad(requests_s=prompts_s, prompt_s=1024 / ALONE_RATE)
+        assert predicted_ttft_s(load, point.prefill_factor) <= 1.3 * MARGIN * SLO_S
 
 
 def test_share_without_an_objective_is_the_fastest_under_which_prefill_keeps_up():
     control = ShareControl(POINTS, None)
     assert run(control, 1.0, 60, prompts_s=14)[-1] == 0.5  # 0.84 of what prefill computes beside it
     assert run(control, 61.0, 60, prompts_s=18)[-1] == 0.25
-    assert control.share(300.0) == 0.5
+    assert control.share(300.0, 0.0) == 0.5
 
 
 @pytest.mark.parametrize("slo_s", [None, SLO_S])

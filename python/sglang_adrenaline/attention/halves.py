@@ -5,7 +5,7 @@
 
 Between a half's put and its merge lies the other half's whole turn and its own local attention, so remote attention
 hides under all that decode does, and an executor always has the queries of one half while decode works on the other.
-What it costs: each half reads the weights, in more and smaller kernels than a whole (`cost_model.HALVES_COST`).
+What it costs: each half reads the weights, in more and smaller kernels than a whole (`cost_model.HALVES_LAYER_S`).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import torch
 
 from sglang_adrenaline import kernels
 from sglang_adrenaline.channel import ipc_segment as seg
-from sglang_adrenaline.channel.base import Call, ChannelShape, ChannelSpec
+from sglang_adrenaline.channel.base import Call, ChannelShape, ChannelSpec, check_lanes
 from sglang_adrenaline.channel.ipc_end import (
     DTYPES,
     FLAG_BYTES,
@@ -140,9 +140,8 @@ class IpcDecodeEnd(IpcEnd):
         """See `base.DecodeEnd`. first: the step runs as two halves, with so many of the lanes in the first one."""
         self.bind()
         lanes = tuple(lanes)
-        if lanes != self._lanes:
-            if not lanes or min(lanes) < 0 or max(lanes) >= self.shape.lanes or len(set(lanes)) != len(lanes):
-                raise ValueError(f"lanes must be distinct, in 0..{self.shape.lanes - 1}, at least one, not {lanes}")
+        if lanes != self._lanes or not lanes:
+            check_lanes(lanes, self.shape.lanes)
             self._lanes = lanes
             self._table_is_old = True
         self.steps += 1

@@ -14,25 +14,27 @@ HYSTERESIS = 0.1
 
 
 class SharePoint(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of a profile: rates in tokens per second while both run."""
+    """One line of a profile: what both reach while both run."""
 
     executor_share: float
     """Of the SMs, 0..1."""
     attention_rate: float
-    prefill_rate: float
+    """Tokens per second."""
+    prefill_factor: float
+    """Prefill's speed, as share of what it reaches alone."""
 
 
 class PrefillLoad(msgspec.Struct, frozen=True, kw_only=True):
     """What arrives at a prefill instance, cached tokens not counted."""
 
     requests_s: float
-    prompt_tokens: float
-    """Mean of the prompts."""
+    prompt_s: float
+    """What a prompt takes on the device alone, on the mean; seconds."""
 
 
-def predicted_ttft_s(load: PrefillLoad, prefill_rate: float) -> float:
+def predicted_ttft_s(load: PrefillLoad, prefill_factor: float) -> float:
     """Mean time to first token of an M/D/1 queue, in seconds; infinite above MAX_UTILISATION."""
-    service_s = load.prompt_tokens / prefill_rate
+    service_s = load.prompt_s / prefill_factor
     utilisation = load.requests_s * service_s
     if utilisation >= MAX_UTILISATION:
         return float("inf")
@@ -51,8 +53,8 @@ def choose_share(
     best = min(points, key=lambda point: point.executor_share)
     for point in sorted(points, key=lambda point: point.executor_share):
         more = HYSTERESIS if current is not None and point.executor_share > current else 0.0
-        heavier = PrefillLoad(requests_s=load.requests_s * (1.0 + more), prompt_tokens=load.prompt_tokens)
-        met = predicted_ttft_s(heavier, point.prefill_rate) <= MARGIN * slo_ttft_s
+        heavier = PrefillLoad(requests_s=load.requests_s * (1.0 + more), prompt_s=load.prompt_s)
+        met = predicted_ttft_s(heavier, point.prefill_factor) <= MARGIN * slo_ttft_s
         if met and point.attention_rate > best.attention_rate:
             best = point
     return best

@@ -22,9 +22,9 @@ from sglang_adrenaline.prefill.sm_partition import SmPartition
 
 logger = logging.getLogger(__name__)
 
-AUTO_SHARES = (0.12, 0.24, 0.36)
-"""Of the SMs, among which `auto` chooses for the executor: an H100's read memory with 0.40, 0.72 and 0.90 of the
-bandwidth of all (`profile_data.py`). PyTorch keeps memory for each stream that was used, so there are few."""
+AUTO_SHARES = (0.12, 0.24, 0.36, 0.48, 0.6)
+"""Of the SMs, among which `auto` chooses for the executor. PyTorch keeps memory for each stream that was used, so there
+are few."""
 WHOLE = 0.0
 WAIT_S = 60.0
 """Longest polite wait; then SGLang's own waits follow."""

@@ -62,12 +62,13 @@ class LoadMeter:
             self._begun_s, self._lesson = 0.0, (0.0, 0.0)
         self._looped_at, self._worked_at = now, worked_s
 
-    def computed(self, new_tokens: int, cached_tokens: int) -> None:
-        """A prompt was done in this loop, whose `ran` follows."""
+    def computed(self, new_tokens: int, cached_tokens: int) -> float:
+        """A prompt was done in this loop, whose `ran` follows. Returns what it takes on the device alone, seconds."""
         expected_s = self._expected_s(new_tokens, cached_tokens)
         self._computed_s += expected_s
         self._fresh += FRESH_WEIGHT * (new_tokens / max(new_tokens + cached_tokens, 1) - self._fresh)
         self._done_s += expected_s
+        return self.slowness * expected_s
 
     def report(self, now: float, *, begun: Iterable[tuple[int, int]], waiting: Iterable[int]) -> None:
         """begun: (new tokens, cached tokens) of prompts that are being computed; waiting: lengths of those that are to

@@ -273,9 +273,9 @@ class PrefillRuntime:
         Decode sees the transfer succeed only after this, so it never meets a request that the executor does not know.
         """
         new_tokens = compat.new_prompt_tokens(req)
-        self._load.computed(new_tokens, compat.cached_prompt_tokens(req))
+        alone_s = self._load.computed(new_tokens, compat.cached_prompt_tokens(req))
         if self._share_control is not None:
-            self._share_control.computed(time.monotonic(), new_tokens)
+            self._share_control.computed(alone_s)
         room = compat.room(req)
         if self.pins is None or room is None:
             return
@@ -365,7 +365,7 @@ class PrefillRuntime:
     def executor_share(self) -> float:
         """Of the GPU's SMs, that prefill stays off while it keeps prefixes; 0 = none. Scheduler thread."""
         if self._share_control is not None:
-            return self._share_control.share(time.monotonic())
+            return self._share_control.share(time.monotonic(), self._load.load)
         shares = self.gpu.shares if self.gpu is not None else ()
         return max(shares, default=0.0)
 

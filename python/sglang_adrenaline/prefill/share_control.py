@@ -1,8 +1,11 @@
 """Which share of the SMs the executor should have, as prefill's load shifts. Knows nothing of GPUs; scheduler thread.
 
     control = ShareControl(points_at(cost, shares), slo_ttft_s)
-    control.computed(now, new_tokens)     for each prompt that prefill has computed
-    share = control.share(now)            before a batch is launched: place it off that share of the SMs
+    control.computed(alone_s)             for each prompt that prefill has computed
+    share = control.share(now, load)      before a batch is launched: place it off that share of the SMs
+
+`load` is `LoadMeter`'s: it counts what comes, and what has waited too long on top. What is computed would not do:
+beside an executor with too large a share prefill computes less, and what it computes would seem to be all there is.
 
 A change needs DWELL_S since the last one, and a larger share room to spare (`policy.choose_share`), so a share does not
 flap with single prompts. Where prefill could not keep up even beside the smallest share it gets everything: then it is
@@ -20,8 +23,11 @@ from sglang_adrenaline.cost_model import WHOLE_DEVICE, CostModel
 from sglang_adrenaline.policy import PrefillLoad, SharePoint, choose_share
 from sglang_adrenaline.policy.sm_share import HYSTERESIS, predicted_ttft_s
 
-WINDOW_S = 10.0
+PROMPT_WEIGHT = 0.05
+"""Of the newest prompt in the mean of their times."""
 DWELL_S = 2.0
+FIRST_PROMPT_S = 1e-3
+"""Taken for a prompt's time before there was one."""
 NO_OBJECTIVE_S = 1e6
 """An objective that any load meets under which prefill's queue does not grow."""
 
@@ -44,39 +50,30 @@ class ShareControl:
     def __init__(self, points: Sequence[SharePoint], slo_ttft_s: float | None) -> None:
         self._points = tuple(points)
         self._slo_ttft_s = slo_ttft_s if slo_ttft_s is not None else NO_OBJECTIVE_S
-        self._current = self._best(PrefillLoad(requests_s=0.0, prompt_tokens=1.0), None)
+        self._prompt_s = 0.0
+        self._current = self._best(0.0, None)
         self._changed_at = -math.inf
-        self._at = 0.0
-        self._prompts = 0.0
-        """Of the last WINDOW_S, fading."""
-        self._tokens = 0.0
 
-    def computed(self, now: float, new_tokens: int) -> None:
-        """A prompt of so many tokens that were not cached is done at `now` (seconds, monotonic)."""
-        self._fade(now)
-        self._prompts += 1.0
-        self._tokens += new_tokens
+    def computed(self, alone_s: float) -> None:
+        """A prompt is done that takes so long on the device alone."""
+        self._prompt_s += PROMPT_WEIGHT * (alone_s - self._prompt_s) if self._prompt_s else alone_s
 
-    def share(self, now: float) -> float:
-        """The executor's share of the SMs from now on."""
+    def share(self, now: float, load: float) -> float:
+        """The executor's share of the SMs from now on (seconds, monotonic).
+
+        load: prefill work that comes, in seconds of the device alone a second.
+        """
         if now - self._changed_at >= DWELL_S:
-            self._fade(now)
-            best = self._best(self._load(), self._current)
+            best = self._best(load, self._current)
             if best != self._current:
                 self._current, self._changed_at = best, now
         return self._current
 
-    def _best(self, load: PrefillLoad, current: float | None) -> float:
-        point = choose_share(self._points, load, self._slo_ttft_s, current)
+    def _best(self, load: float, current: float | None) -> float:
+        prompt_s = self._prompt_s or FIRST_PROMPT_S
+        coming = PrefillLoad(requests_s=load / prompt_s, prompt_s=prompt_s)
+        point = choose_share(self._points, coming, self._slo_ttft_s, current)
         more = 1.0 + HYSTERESIS if current == WHOLE_DEVICE else 1.0
-        heavier = PrefillLoad(requests_s=load.requests_s * more, prompt_tokens=load.prompt_tokens)
-        sustained = math.isfinite(predicted_ttft_s(heavier, point.prefill_rate))
+        heavier = PrefillLoad(requests_s=coming.requests_s * more, prompt_s=prompt_s)
+        sustained = math.isfinite(predicted_ttft_s(heavier, point.prefill_factor))
         return point.executor_share if sustained else WHOLE_DEVICE
-
-    def _load(self) -> PrefillLoad:
-        mean = self._tokens / self._prompts if self._prompts > 0.0 else 1.0
-        return PrefillLoad(requests_s=self._prompts / WINDOW_S, prompt_tokens=max(mean, 1.0))
-
-    def _fade(self, now: float) -> None:
-        left = math.exp(min(self._at - now, 0.0) / WINDOW_S) if self._at else 1.0
-        self._prompts, self._tokens, self._at = self._prompts * left, self._tokens * left, now

@@ -44,7 +44,7 @@ def _share(plan: options.Plan, requests: list[trace.Req]) -> float:
         return args.executor_share
     load = policy.PrefillLoad(
         requests_s=args.rate / (args.groups * args.prefill),
-        prompt_tokens=sum(request.prompt for request in requests) / len(requests),
+        prompt_s=sum(plan.cost.prefill_s(request.prompt) for request in requests) / len(requests),
     )
     return policy.choose_share(plan.cost.share_points(), load, args.slo_ttft_ms / 1e3).executor_share
 

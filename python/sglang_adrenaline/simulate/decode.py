@@ -288,7 +288,9 @@ class Decode:
         if self.remote_rows:
             under = 0.0
             trip = self.cost.round_trip_s(self.remote_rows)
-            parts = [(peer.read_tokens, peer.rate, trip) for peer in self.prefills if self.remote[peer.index]]
+            parts = [
+                (peer.read_tokens, peer.rate(batch.time), trip) for peer in self.prefills if self.remote[peer.index]
+            ]
             remote = max(trip + tokens / rate for tokens, rate, _ in parts)
             if self._in_halves(batch.rows) and self.cost.halves_pay(batch.rows, batch.local, parts):
                 fixed = under = self.cost.halves_linear_s(batch.rows)
@@ -317,7 +319,11 @@ class Decode:
 
     def _observe_slowest(self, steps: int) -> None:
         batch = self.batch
-        slowest = max(self.prefills, key=lambda peer: peer.read_tokens / peer.rate if self.remote[peer.index] else -1.0)
+        rates = [peer.rate(batch.time) for peer in self.prefills]
+        slowest = max(
+            self.prefills,
+            key=lambda peer: peer.read_tokens / rates[peer.index] if self.remote[peer.index] else -1.0,
+        )
         step_s = (batch.busy_s - self._seen_busy) / steps
         under = self.cost.halves_linear_s(batch.rows) if self._in_halves(batch.rows) else 0.0
         mean_local = max(batch.local - batch.rows * min(steps, OBSERVE_STEPS) / 2, 0)
@@ -335,7 +341,7 @@ class Decode:
                 under_s=under,
                 local_span_s=local_s,
                 answer_s=local_s + exposed_s,
-                executor_s=slowest.read_tokens / slowest.rate,
+                executor_s=slowest.read_tokens / rates[slowest.index],
                 life_steps=self.outputs.mean,
                 remote_s=slowest.read_tokens / slowest.told_rate,
                 round_trip_s=self.cost.round_trip_s(self.remote_rows),

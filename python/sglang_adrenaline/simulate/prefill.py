@@ -76,8 +76,7 @@ class Prefill:
         self._arrived = ArrivedWork()
         figures = cost.share_figures(share) if share != WHOLE_DEVICE else None
         self.told_rate = figures.attention_bytes_s / cost.kv_token_bytes if figures else cost.attention_rate
-        self.rate = self.told_rate * rate_error
-        """What the executor really reaches; the policy is told `told_rate`."""
+        self._rate_error = rate_error
         self._factor = figures.prefill_factor if figures else None
 
     def submit(self, request: Req, now: float) -> float:
@@ -106,6 +105,10 @@ class Prefill:
             return 0.0
         return self._arrived.load(now, self.free_at - now, self._speed())
 
+    def rate(self, now: float) -> float:
+        """What the executor reaches: it has all SMs while prefill has no work. The policy is told `told_rate`."""
+        return self._rate_error * (self.told_rate if now < self.free_at else self.cost.attention_rate)
+
     @property
     def read_tokens(self) -> float:
         """What the executor reads in a step now; the running requests are taken to share as all do."""
@@ -118,7 +121,7 @@ class Prefill:
         if self._factor is not None:
             return self._factor
         # No partition: the executor's kernels come first and take their time from prefill.
-        duty = self.read_tokens / self.rate / self.step_s if self.step_s else 0.0
+        duty = self.read_tokens / (self._rate_error * self.told_rate) / self.step_s if self.step_s else 0.0
         return max(1.0 - duty, 0.1)
 
     def pin(self, request: Req, tokens: int, shared_read: bool) -> None:
