@@ -74,8 +74,10 @@ class Load:
         workload = self._workload
         async with asyncio.TaskGroup() as tasks:
             if workload.kind == "saturated":
+                opens = 0.0
                 for _ in range(workload.concurrency):
-                    tasks.create_task(self._keep_open(session))
+                    opens += self._rng.expovariate(workload.rate) if workload.rate else 0.0
+                    tasks.create_task(self._keep_open(session, opens))
             elif workload.kind == "single":
                 for _ in range(workload.requests):
                     await self._one(session, workload.output_len)
@@ -87,8 +89,9 @@ class Load:
                         await asyncio.sleep(max(0.0, due - self._now()))
                     tasks.create_task(self._one(session, workload.output_len))
 
-    async def _keep_open(self, session: aiohttp.ClientSession) -> None:
+    async def _keep_open(self, session: aiohttp.ClientSession, opens_s: float) -> None:
         """One request after the other. The first one's length is random, so that ends come evenly, not in waves."""
+        await asyncio.sleep(opens_s)
         tokens = self._rng.randint(1, self._workload.output_len)
         while True:
             record = await self._one(session, tokens)

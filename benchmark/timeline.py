@@ -30,6 +30,10 @@ class Sample:
     """Of prefill's pool: not free to a new prompt."""
     executor_share: float
     """Of prefill's SMs, left to the executor."""
+    decisions: Mapping[str, int]
+    """So far, by reason."""
+    executor_rate: float
+    """The slowest executor's, as share of what its share of SMs promises."""
 
 
 def sample(at: float, decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> Sample:
@@ -48,6 +52,8 @@ def sample(at: float, decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> 
         prefill_load=prefill["prefill_load"],
         prefill_used_tokens=prefill["tokens"]["pool"] - prefill["tokens"]["free"],
         executor_share=prefill["executor_share"],
+        decisions=decode["decisions"],
+        executor_rate=min(decode.get("executor_rates", {}).values(), default=1.0),
     )
 
 

@@ -5,7 +5,7 @@
     rate      in=512 out=512 rate=8 requests=200            Poisson arrivals, open loop
     single    in=8192 out=128 requests=4                    one after the other, on an idle machine
 
-Further keys: `ratio` (ours only: share of prompts offloaded, set by the client for each request instead of by the
+Further keys: `rate` (of saturated: they open at so many a second, at random times; default all at once), `ratio` (ours only: share of prompts offloaded, set by the client for each request instead of by the
 server), `stream` (tokens an event; default 1), `name`.
 """
 
@@ -49,7 +49,7 @@ class Workload:
         if self.name:
             return self.name
         load = {
-            "saturated": f"{self.concurrency} open",
+            "saturated": f"{self.concurrency} open" + (f" from {self.rate:g}/s" if self.rate else ""),
             "burst": f"{self.requests} at once",
             "rate": f"{self.rate:g}/s",
             "single": "one by one",

@@ -162,8 +162,8 @@ def test_answered_lengths_raise_what_local_attention_is_expected_to_read():
     for auto in (fresh, experienced):
         for number in range(100):
             auto.admission.placed(f"old{number}", 100)
-    assert fresh.decide("r", prompt(512), LIMIT, "a", young, fleet).split == 0
-    assert experienced.decide("r", prompt(512), LIMIT, "a", young, fleet).split == 512
+    assert fresh.decide("r", prompt(512), 16, "a", young, fleet).split == 0
+    assert experienced.decide("r", prompt(512), 16, "a", young, fleet).split == 512
 
 
 def test_observe_long_waits_slow_the_executors_rate_down():

@@ -62,6 +62,8 @@ def test_spans_are_means_over_the_steps_between_two_samples() -> None:
         prefill_load=0.5,
         prefill_used_tokens=0,
         executor_share=0.0,
+        decisions={},
+        executor_rate=1.0,
     )
     idle = replace(first, at=1.5)
     later = replace(idle, at=2.0, steps_total=120, exposed_wait_ms_total=60.0, executor_wait_ms_total=1200.0)

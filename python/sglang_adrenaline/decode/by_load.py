@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from sglang_adrenaline import auto_cost, compat, policy
@@ -63,6 +64,8 @@ class ByLoad:
         """As it is in this scheduler loop; None until it is asked for."""
         self._there: dict[str, There] | None = None
         """The same, with what was decided in this loop."""
+        self._undecided = 0
+        """Requests that are left to be decided in this loop or a later one."""
         self._turns = TURNS
         self._times = StepTimes()
         self._looped_at = 0.0
@@ -88,7 +91,10 @@ class ByLoad:
         self, offload: Offload, link: Link, offloads: Iterable[Offload], peers: Iterable[Peer]
     ) -> policy.Decision | None:
         """The split of a request whose turn it is; None, also for those behind it, while decode has no room for it."""
-        self._here = self._here or self._decode_now()
+        if self._here is None:
+            self._here = self._decode_now()
+            self._undecided = sum(each.split_open for each in offloads)
+        self._undecided -= 1
         if offload.block_names is None:  # once: its turn may take many loops to come
             offload.block_names = block_names(compat.prompt_ids(offload.req))
         shared = self.kept.leading(link.index, offload.block_names)
@@ -101,7 +107,8 @@ class ByLoad:
         there = self._there = self._there or prefill_now(offloads, peers, reading=False)
         limit = compat.answer_limit(offload.req)
         name = link.peer.name
-        decision = self.decider.decide(compat.rid(offload.req), request, limit, name, self._here, there)
+        here = replace(self._here, undecided=self._undecided)
+        decision = self.decider.decide(compat.rid(offload.req), request, limit, name, here, there)
         self._turns -= 1
         self.turns_over = decision is None or self._turns == 0
         if decision is not None and decision.split:

@@ -21,7 +21,7 @@ from sglang_adrenaline.policy.bounds import Bounds, offload_bounds
 from sglang_adrenaline.policy.feedback import Observation, observe
 from sglang_adrenaline.policy.fixed import Settings, State, decide
 from sglang_adrenaline.policy.forecast import HEADROOM, AnswerShares, peak_growth
-from sglang_adrenaline.policy.growth import Duty, OutputLengths
+from sglang_adrenaline.policy.growth import Duty, OutputLengths, coming_rows
 from sglang_adrenaline.policy.sm_share import PrefillLoad, SharePoint, choose_share
 from sglang_adrenaline.policy.views import DecodeView, LoadSettings, PrefillView, Request
 from sglang_adrenaline.policy.wish import WHOLE_PROMPT, requested_prefix_len
@@ -46,6 +46,7 @@ __all__ = [
     "SharePoint",
     "State",
     "choose_share",
+    "coming_rows",
     "decide",
     "decide_by_load",
     "observe",

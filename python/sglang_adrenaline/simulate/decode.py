@@ -165,7 +165,8 @@ class Decode:
     def _decide_by_load(self, request: Req, free: int, growth: int) -> tuple[int, Any, str]:
         peer = self.prefills[request.prefill]
         shared = peer.cache.pinned_prefix(request.blocks) if request.blocks else 0
-        rows = self.active
+        rows = self.active + policy.coming_rows(max(len(self.waiting) - 1, 0), free, growth)
+        assumed = min(growth, request.limit)
         local = self.batch.local + self.coming_local
         halves = self._in_halves(rows)
         linear = self.cost.halves_linear_s(rows) if halves else self.cost.linear_s(rows)
@@ -179,7 +180,7 @@ class Decode:
                 local_tokens=local,
                 rows=rows,
                 attention_rate=self.cost.attention_rate,
-                expected_tokens=self.outputs.expected_tokens(local, self.local_prompts, rows),
+                expected_tokens=self.outputs.expected_tokens(local, self.local_prompts, rows, assumed),
                 duty=self.duty.share,
                 linear_s=linear,
                 linear_row_s=self.cost.linear_s(rows + 1) - self.cost.linear_s(rows) if rows else 0.0,
