@@ -5,8 +5,9 @@
     rate      in=512 out=512 rate=8 requests=200            Poisson arrivals, open loop
     single    in=8192 out=128 requests=4                    one after the other, on an idle machine
 
-Further keys: `rate` (of saturated: they open at so many a second, at random times; default all at once), `ratio` (ours only: share of prompts offloaded, set by the client for each request instead of by the
-server), `stream` (tokens an event; default 1), `name`.
+Further keys: `rate` (of saturated: they open at so many a second, at random times; default all at once), `ratio` (ours
+only: share of prompts offloaded, set by the client for each request instead of by the server), `stream` (tokens an
+event; default 1), `name`.
 """
 
 from __future__ import annotations

@@ -83,6 +83,13 @@ class CostModel:
         """Whether the step is faster in halves; arguments as for `step_s`."""
         return self.step_s(rows, local_tokens, remote, halves=True) < self.step_s(rows, local_tokens, remote)
 
+    def decode_request_s(self, prompt: float, output: float, pool_tokens: int, pace: float = 1.0) -> float:
+        """What a request costs a decode instance whose pool is full of such requests and that offloads nothing.
+
+        pace: of attention here, as share of the profile's."""
+        rows = max(int(pool_tokens / (prompt + output / 2)), 1)
+        return output * self.step_s(rows, pool_tokens / pace) / rows
+
     def prefill_s(self, new_tokens: int, cached_tokens: int = 0) -> float:
         """One prompt's own part of a batch (the batch's fixed time excluded)."""
         pairs = new_tokens * (cached_tokens + new_tokens / 2)

@@ -25,8 +25,6 @@ from sglang_adrenaline.policy.sm_share import MARGIN
 CACHE_RESERVE_TOKENS = 8192
 """Head-room left to a prefill instance: a chunk of prefill, but no more than a tenth of its pool."""
 MIN_UTILISATION = 0.05
-PROMPT_WEIGHT = 0.02
-"""Of the newest prompt in the mean of their lengths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +42,8 @@ class Here:
     """Requests that have a row."""
     undecided: int = 0
     """Further requests that wait for their turn."""
+    running: int | None = None
+    """Of `rows`, those that decode; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class LoadDecider:
         self._assumed_output = 0
         """Tokens, while no answer has ended."""
         self._duty = policy.Duty()
-        self._prompt_tokens = 0.0
+        self._prompts = policy.PromptLengths()
 
     def decide(
         self,
@@ -169,8 +169,10 @@ class LoadDecider:
             under_s=linear_s if halves else 0.0,
             growth_tokens=growth.own,
         )
-        views = {name: self._view(peer) for name, peer in there.items()}
         prompt_len = request.prompt_len
+        not_computed = here.undecided + admitted - (here.rows if here.running is None else here.running)
+        bounds = self._prefill_bounds(prompt_len, not_computed, here.pool_tokens, len(there))
+        views = {name: self._view(peer, bounds) for name, peer in there.items()}
         decision, state = policy.decide_by_load(
             self.state, request, target, view, views, self._settings_for(prompt_len)
         )
@@ -180,7 +182,7 @@ class LoadDecider:
         if no_room or decision.reason is policy.Reason.WAIT:
             return None
         self.state = state
-        self._prompt_tokens = self._mean_prompt(prompt_len)
+        self._prompts = self._prompts.add(prompt_len)
         self.decisions[decision.reason.value] += 1
         self.admission.decided(rid, prompt_len - decision.split, answer_limit, cached)
         return decision
@@ -236,7 +238,16 @@ class LoadDecider:
         seen = msgspec.structs.replace(seen, life_steps=self._outputs.mean or self._assumed_output)
         self.state = policy.observe(self.state, seen, self.settings)
 
-    def _view(self, peer: There) -> policy.PrefillView:
+    def _prefill_bounds(self, newest: int, waiting: int, pool_tokens: int, peers: int) -> bool:
+        """Whether prompts are what requests wait for; all of them as long as the mean."""
+        prompt, output = self._prompts.add(newest).mean, self._outputs.mean or self._assumed_output
+        return policy.bounded_by_prefill(
+            waiting,
+            prefill_s=self.cost.prefill_s(int(prompt)) / max(peers, 1),
+            decode_s=self.cost.decode_request_s(prompt, output, pool_tokens, self.state.local_pace.rate),
+        )
+
+    def _view(self, peer: There, bounds: bool) -> policy.PrefillView:
         return policy.PrefillView(
             pool_tokens=peer.pool_tokens,
             pinned_tokens=peer.pinned_tokens,
@@ -247,6 +258,7 @@ class LoadDecider:
             overhead_s=self.cost.overhead_s,
             cache_reserve_tokens=min(CACHE_RESERVE_TOKENS, peer.pool_tokens // 10),
             prefill_load=peer.prefill_load if peer.executor_share == WHOLE_DEVICE else 0.0,
+            bounds=bounds and peer.executor_share != WHOLE_DEVICE,
         )
 
     def _in_halves(self, rows: int) -> bool:
@@ -263,13 +275,10 @@ class LoadDecider:
     def _settings_for(self, prompt_len: int) -> policy.LoadSettings:
         if self._slo_ttft_s is None:
             return self.settings
-        mean = self._mean_prompt(prompt_len)
+        mean = self._prompts.add(prompt_len).mean
         service_s = self.cost.profile.prefill_fixed_s + self.cost.prefill_s(int(mean))
         most = min(most_utilisation(service_s, self._slo_ttft_s), self.settings.prefill_utilisation)
         return msgspec.structs.replace(self.settings, prefill_utilisation=max(most, MIN_UTILISATION))
-
-    def _mean_prompt(self, newest: int) -> float:
-        return self._prompt_tokens + PROMPT_WEIGHT * (newest - self._prompt_tokens) if self._prompt_tokens else newest
 
 
 def most_utilisation(service_s: float, slo_ttft_s: float) -> float:

@@ -119,12 +119,14 @@ class ByLoad:
         return decision
 
     def _decode_now(self) -> Here:
+        running = compat.running_requests(self._scheduler)
         return Here(
             pool_tokens=self._pool_tokens,
             unclaimed_tokens=compat.unclaimed_tokens(self._scheduler),
             kept_free=self._kept_free,
-            answer_tokens=sum(map(compat.output_len, compat.running_requests(self._scheduler))),
+            answer_tokens=sum(map(compat.output_len, running)),
             rows=compat.num_admitted(self._scheduler),
+            running=len(running),
         )
 
 

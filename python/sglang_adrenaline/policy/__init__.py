@@ -13,6 +13,7 @@ instances) has to be agreed between them before it becomes a view or an observat
     bounds.py    the offload bounds of the paper
     growth.py    what steps will read while a request runs
     forecast.py  how much memory admitted requests will still take
+    prefill_load.py  how much work comes to prefill, and whether that bounds a deployment
     sm_share.py  how prefill and executor share a GPU
 """
 
@@ -21,7 +22,8 @@ from sglang_adrenaline.policy.bounds import Bounds, offload_bounds
 from sglang_adrenaline.policy.feedback import Observation, observe
 from sglang_adrenaline.policy.fixed import Settings, State, decide
 from sglang_adrenaline.policy.forecast import HEADROOM, AnswerShares, peak_growth
-from sglang_adrenaline.policy.growth import Duty, OutputLengths, coming_rows
+from sglang_adrenaline.policy.growth import Duty, OutputLengths, PromptLengths, coming_rows
+from sglang_adrenaline.policy.prefill_load import bounded_by_prefill
 from sglang_adrenaline.policy.sm_share import PrefillLoad, SharePoint, choose_share
 from sglang_adrenaline.policy.views import DecodeView, LoadSettings, PrefillView, Request
 from sglang_adrenaline.policy.wish import WHOLE_PROMPT, requested_prefix_len
@@ -40,11 +42,13 @@ __all__ = [
     "OutputLengths",
     "PrefillLoad",
     "PrefillView",
+    "PromptLengths",
     "Reason",
     "Request",
     "Settings",
     "SharePoint",
     "State",
+    "bounded_by_prefill",
     "choose_share",
     "coming_rows",
     "decide",

@@ -25,15 +25,15 @@ moving one token out of a full pool makes room for 1 / pool more of the batch, s
 Requests whose prompts are being computed hold memory, too, but steps read nothing of theirs: of `pool` and of what
 requests have in all, steps read the share `duty`.
 
-Where C1 is what keeps a prompt from going remote, it stays here only if that does not make tokens dearer, else it waits
-until prefixes of ours end: a local row adds its whole prompt to every step, and in a batch of cheaper rows each token
-would take longer with it than without,
+Where C1 or C2 is what keeps a prompt from going remote, it stays here only if that does not make tokens dearer, else it
+waits until prefixes of ours end: a local row adds its whole prompt to every step, and in a batch of cheaper rows each
+token would take longer with it than without,
 
     step(rows + 1) / (rows + 1) > step(rows) / rows
 
 C3, where executor and prefill share all SMs: the part of a step's time that the executor takes is missing to prefill,
 so it takes no more than keeps prefill's queue from growing, 1 - load / utilisation. Where prefill is what bounds a
-deployment nothing is offloaded.
+deployment nothing is offloaded, however the SMs are shared.
 
 Whole prompts are preferred to split ones: a whole remote prompt needs no transfer, a local one no round trip.
 """
@@ -142,7 +142,8 @@ def decide_by_load(
             hidden *= 1.0 - settings.reuse_reserve * state.reuse
         overflow = min(_overflow(state, decode, peer, settings), spare) if pressed else 0.0
         decision = _decide(request, hidden, overflow, decode, peer, settings)
-        if decision.reason is Reason.CAP and peer.attended_tokens and _dilutes(state, request, decode, prefill):
+        full = decision.reason in (Reason.CAP, Reason.LEVEL) and peer.attended_tokens > 0
+        if full and _dilutes(state, request, decode, prefill):
             decision = Decision(0, Reason.WAIT)
         if level <= spare and decision.reason in (Reason.LEVEL, Reason.HIDDEN):
             limited = decision.reason is Reason.LEVEL
@@ -233,6 +234,8 @@ def _spare(
     settings: LoadSettings,
 ) -> float:
     """Tokens of this prompt that the executor can read in the time that prefill leaves it."""
+    if peer.bounds:
+        return 0.0
     if peer.prefill_load <= 0.0:
         return math.inf
     part = max(1.0 - peer.prefill_load / settings.prefill_utilisation, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 WEIGHT = 0.05
+PROMPT_WEIGHT = 0.02
 DUTY_WEIGHT = 0.1
 
 
@@ -42,6 +43,15 @@ class OutputLengths(msgspec.Struct, frozen=True):
             mean = max(mean, (local_tokens - local_prompt_tokens) / rows)
         half_way = local_prompt_tokens + (rows + 1) * mean / 2
         return int(alike * half_way + (1.0 - alike) * local_tokens)
+
+
+class PromptLengths(msgspec.Struct, frozen=True):
+    """Running mean, the newest weighing PROMPT_WEIGHT."""
+
+    mean: float = 0.0
+
+    def add(self, prompt_len: int) -> PromptLengths:
+        return PromptLengths(self.mean + PROMPT_WEIGHT * (prompt_len - self.mean) if self.mean else prompt_len)
 
 
 class Duty(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """`PrefillView.prefill_load`: how much work comes to a prefill instance, in seconds of the device alone a second. Pure.
 
 It does not end at 1. What comes is counted when it comes, not when it is computed, and what has waited for long counts
-on top, so that an instance that cannot keep up says by how much.
+on top, so that an instance that cannot keep up says by how much. `bounded_by_prefill` tells before it shows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,20 @@ import math
 WINDOW_S = 10.0
 PATIENCE_S = 2.0
 """A queue as long as this is a passing burst, not too much load."""
+
+
+BACKLOG_S = 10.0
+"""Requests that wait for less are a passing burst."""
+BOUND = 0.9
+
+
+def bounded_by_prefill(waiting: int, prefill_s: float, decode_s: float) -> bool:
+    """Whether `waiting` requests will wait for prompts to be computed rather than for others to be decoded.
+
+    prefill_s, decode_s: what one request costs the prefill instances together, and decode with its memory full, when
+    both do nothing else.
+    """
+    return waiting * max(prefill_s, decode_s) >= BACKLOG_S and prefill_s >= BOUND * decode_s
 
 
 class ArrivedWork:

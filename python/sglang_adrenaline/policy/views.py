@@ -70,6 +70,8 @@ class PrefillView(msgspec.Struct, frozen=True, kw_only=True):
     prefill_load: float = 0.0
     """Where executor and prefill share all SMs: prefill work that arrives per second, in seconds of the device alone.
     0 where they do not (then `sm_share` has seen to it)."""
+    bounds: bool = False
+    """Its prompts are what requests wait for, and will be for longer: see `prefill_load.bounded_by_prefill`."""
 
 
 class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,6 +29,8 @@ PROMPT_WEIGHT = 0.05
 """Of the newest prompt in the mean of their times."""
 DWELL_S = 2.0
 BURST_S = 10.0
+BURST_LOAD = 1.5
+"""More than that is not over in BURST_S: of a burst LoadMeter counts both that it came and how long it waits."""
 FIRST_PROMPT_S = 1e-3
 """Taken for a prompt's time before there was one."""
 NO_OBJECTIVE_S = 1e6
@@ -84,6 +86,6 @@ class ShareControl:
             return point.executor_share
         if self._overloaded_since is None:
             self._overloaded_since = now
-        if now - self._overloaded_since >= BURST_S:
+        if now - self._overloaded_since >= BURST_S or load > BURST_LOAD:
             return WHOLE_DEVICE
         return max(self._points, key=lambda each: each.attention_rate * each.prefill_factor).executor_share

@@ -59,6 +59,7 @@ class Decode:
         self.local_prompts = 0
         """Prompt tokens here of all admitted requests."""
         self.outputs = policy.OutputLengths()
+        self.prompts = policy.PromptLengths()
         self.duty = policy.Duty()
         self.coming_local = 0
         """Tokens here of admitted requests that have not joined yet."""
@@ -143,6 +144,7 @@ class Decode:
     def _settle(self, request: Req, split: int, state: Any, reason: str) -> None:
         request.split = split
         self.state = state
+        self.prompts = self.prompts.add(request.prompt)
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
         if split:
             self.prefills[request.prefill].pin(request, split, self.rules.settings.shared_read)
@@ -156,7 +158,7 @@ class Decode:
         split, state = policy.decide(self.state, request.prompt, None, fixed)
         peer = self.prefills[request.prefill]
         if split and (
-            split - peer.cache.pinned_prefix(request.blocks) > pin_room(self._view(peer), settings)
+            split - peer.cache.pinned_prefix(request.blocks) > pin_room(self._view(peer, bounds=False), settings)
             or not self._lanes(peer)
         ):
             return 0, state, "refused"
@@ -167,6 +169,13 @@ class Decode:
         shared = peer.cache.pinned_prefix(request.blocks) if request.blocks else 0
         rows = self.active + policy.coming_rows(max(len(self.waiting) - 1, 0), free, growth)
         assumed = min(growth, request.limit)
+        prompt = self.prompts.add(request.prompt).mean
+        output = self.outputs.mean or assumed
+        bounds = policy.bounded_by_prefill(
+            max(len(self.waiting) - 1, 0) + self.active - self.batch.rows,
+            prefill_s=self.cost.prefill_s(int(prompt)) / len(self.prefills),
+            decode_s=self.cost.decode_request_s(prompt, output, self.pool, self.state.local_pace.rate),
+        )
         local = self.batch.local + self.coming_local
         halves = self._in_halves(rows)
         linear = self.cost.halves_linear_s(rows) if halves else self.cost.linear_s(rows)
@@ -187,7 +196,7 @@ class Decode:
                 under_s=linear if halves else 0.0,
                 growth_tokens=growth,
             ),
-            {str(p.index): self._view(p) for p in self.prefills},
+            {str(p.index): self._view(p, bounds) for p in self.prefills},
             self.rules.settings,
         )
         return decision.split, state, decision.reason
@@ -195,7 +204,7 @@ class Decode:
     def _lanes(self, peer: Prefill) -> int:
         return max(self.rules.lanes - peer.lanes_in_use, 0)
 
-    def _view(self, peer: Prefill) -> policy.PrefillView:
+    def _view(self, peer: Prefill, bounds: bool) -> policy.PrefillView:
         return policy.PrefillView(
             pool_tokens=peer.pool_tokens,
             pinned_tokens=peer.pinned,
@@ -205,6 +214,7 @@ class Decode:
             round_trip_s=self.cost.round_trip_s(peer.lanes_in_use + 1),
             overhead_s=self.cost.overhead_s,
             prefill_load=peer.load(self.now),
+            bounds=bounds and peer.divided,
             cache_reserve_tokens=min(BATCH_TOKENS, peer.pool_tokens // 10),
         )
 

@@ -99,6 +99,11 @@ class Prefill:
             self.cache.insert(request.blocks, self.pool_tokens - unshared)
         return self.free_at
 
+    @property
+    def divided(self) -> bool:
+        """Whether some SMs are the executor's alone."""
+        return self._factor is not None
+
     def load(self, now: float) -> float:
         """`PrefillView.prefill_load`: 0 with divided SMs."""
         if self._factor is not None:
