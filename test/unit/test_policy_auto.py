@@ -512,15 +512,8 @@ def test_output_lengths_alike_expect_half_an_output_and_varied_ones_what_is_ther
         alike, varied = alike.add(512), varied.add(10).add(10).add(10).add(2_000)
     assert alike.expected_tokens(1_000, 600, 9) == 600 + 10 * 256
     assert varied.expected_tokens(1_000, 600, 9) == 1_000
-    assert policy.OutputLengths().expected_tokens(600, 600, 9, assumed=512) == 600 + 10 * 256  # none has ended
     grown = policy.OutputLengths().add(32)  # outputs have become longer: no request has ended yet
     assert grown.expected_tokens(600 + 9 * 200, 600, 9) == 600 + 10 * 100
-
-
-def test_coming_rows_are_those_that_wait_and_fit():
-    assert policy.coming_rows(640, 100_000, 512) == 195
-    assert policy.coming_rows(7, 100_000, 512) == 7
-    assert policy.coming_rows(7, -5, 512) == policy.coming_rows(0, 100, 0) == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=60))

@@ -128,8 +128,6 @@ class LoadDecider:
         """By the newest prediction: a large batch is faster as two halves than as a whole."""
         self._halves_from = halves_from
         self._outputs = policy.OutputLengths()
-        self._assumed_output = 0
-        """Tokens, while no answer has ended."""
         self._duty = policy.Duty()
         self._prompts = policy.PromptLengths()
 
@@ -149,9 +147,7 @@ class LoadDecider:
         waiting = list(self.admission.waiting.values())
         growth = here.kept_free.growth(answer_limit, waiting)
         free = here.unclaimed_tokens - sum(one.tokens for one in waiting) - (growth.tokens - growth.own)
-        admitted = here.rows + len(waiting)
-        self._assumed_output = min(growth.own, answer_limit)
-        rows = admitted + policy.coming_rows(here.undecided, free, growth.own)
+        rows = here.rows + len(waiting)
         halves = self._in_halves(rows)
         linear_s = self.cost.halves_linear_s(rows) if halves else self.cost.linear_s(rows)
         prompts = self.admission.prompt_tokens
@@ -162,7 +158,7 @@ class LoadDecider:
             local_tokens=local,
             rows=rows,
             attention_rate=self.cost.attention_rate,
-            expected_tokens=self._outputs.expected_tokens(local, prompts, rows, self._assumed_output),
+            expected_tokens=self._outputs.expected_tokens(local, prompts, rows),
             duty=self._duty.share,
             linear_s=linear_s,
             linear_row_s=self.cost.linear_s(rows + 1) - self.cost.linear_s(rows) if rows else 0.0,
@@ -170,15 +166,16 @@ class LoadDecider:
             growth_tokens=growth.own,
         )
         prompt_len = request.prompt_len
-        not_computed = here.undecided + admitted - (here.rows if here.running is None else here.running)
-        bounds = self._prefill_bounds(prompt_len, not_computed, here.pool_tokens, len(there))
+        not_computed = here.undecided + rows - (here.rows if here.running is None else here.running)
+        output = self._outputs.mean or min(growth.own, answer_limit)
+        bounds = self._prefill_bounds(prompt_len, output, not_computed, here.pool_tokens, len(there))
         views = {name: self._view(peer, bounds) for name, peer in there.items()}
         decision, state = policy.decide_by_load(
             self.state, request, target, view, views, self._settings_for(prompt_len)
         )
         cached = 0 if decision.split else request.local_cached_tokens  # a split prompt does not use decode's tree
         stays = prompt_len - decision.split - cached
-        no_room = stays + growth.own > free and admitted  # with no row there is nothing to wait for
+        no_room = stays + growth.own > free and rows  # with no row there is nothing to wait for
         if no_room or decision.reason is policy.Reason.WAIT:
             return None
         self.state = state
@@ -235,12 +232,12 @@ class LoadDecider:
         }
 
     def observe(self, seen: policy.Observation) -> None:
-        seen = msgspec.structs.replace(seen, life_steps=self._outputs.mean or self._assumed_output)
+        seen = msgspec.structs.replace(seen, life_steps=self._outputs.mean)
         self.state = policy.observe(self.state, seen, self.settings)
 
-    def _prefill_bounds(self, newest: int, waiting: int, pool_tokens: int, peers: int) -> bool:
-        """Whether prompts are what requests wait for; all of them as long as the mean."""
-        prompt, output = self._prompts.add(newest).mean, self._outputs.mean or self._assumed_output
+    def _prefill_bounds(self, newest: int, output: float, waiting: int, pool_tokens: int, peers: int) -> bool:
+        """Whether prompts are what requests wait for; all of them as long as the mean, answers of `output` tokens."""
+        prompt = self._prompts.add(newest).mean
         return policy.bounded_by_prefill(
             waiting,
             prefill_s=self.cost.prefill_s(int(prompt)) / max(peers, 1),

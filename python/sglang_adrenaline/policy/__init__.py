@@ -22,7 +22,7 @@ from sglang_adrenaline.policy.bounds import Bounds, offload_bounds
 from sglang_adrenaline.policy.feedback import Observation, observe
 from sglang_adrenaline.policy.fixed import Settings, State, decide
 from sglang_adrenaline.policy.forecast import HEADROOM, AnswerShares, peak_growth
-from sglang_adrenaline.policy.growth import Duty, OutputLengths, PromptLengths, coming_rows
+from sglang_adrenaline.policy.growth import Duty, OutputLengths, PromptLengths
 from sglang_adrenaline.policy.prefill_load import bounded_by_prefill
 from sglang_adrenaline.policy.sm_share import PrefillLoad, SharePoint, choose_share
 from sglang_adrenaline.policy.views import DecodeView, LoadSettings, PrefillView, Request
@@ -50,7 +50,6 @@ __all__ = [
     "State",
     "bounded_by_prefill",
     "choose_share",
-    "coming_rows",
     "decide",
     "decide_by_load",
     "observe",

@@ -25,9 +25,9 @@ moving one token out of a full pool makes room for 1 / pool more of the batch, s
 Requests whose prompts are being computed hold memory, too, but steps read nothing of theirs: of `pool` and of what
 requests have in all, steps read the share `duty`.
 
-Where C1 or C2 is what keeps a prompt from going remote, it stays here only if that does not make tokens dearer, else it
-waits until prefixes of ours end: a local row adds its whole prompt to every step, and in a batch of cheaper rows each
-token would take longer with it than without,
+Where C1 is what keeps a prompt from going remote, it stays here only if that does not make tokens dearer, else it waits
+until prefixes of ours end: a local row adds its whole prompt to every step, and in a batch of cheaper rows each token
+would take longer with it than without,
 
     step(rows + 1) / (rows + 1) > step(rows) / rows
 
@@ -142,8 +142,7 @@ def decide_by_load(
             hidden *= 1.0 - settings.reuse_reserve * state.reuse
         overflow = min(_overflow(state, decode, peer, settings), spare) if pressed else 0.0
         decision = _decide(request, hidden, overflow, decode, peer, settings)
-        full = decision.reason in (Reason.CAP, Reason.LEVEL) and peer.attended_tokens > 0
-        if full and _dilutes(state, request, decode, prefill):
+        if decision.reason is Reason.CAP and peer.attended_tokens and _dilutes(state, request, decode, prefill):
             decision = Decision(0, Reason.WAIT)
         if level <= spare and decision.reason in (Reason.LEVEL, Reason.HIDDEN):
             limited = decision.reason is Reason.LEVEL

@@ -28,8 +28,6 @@ RATE_MIN, RATE_MAX = 0.25, 2.0
 TOLERANCE = 0.05
 EXTRA_WEIGHT = 0.2
 TRIP_WEIGHT = 0.5
-PRIOR_LIVES = 0.25
-"""What a view says of an executor counts as much as having measured it for this part of a request's life."""
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,16 +73,9 @@ def observe(state: LoadState, seen: Observation, settings: LoadSettings) -> Load
     )
     if seen.executor_s <= 0.0:
         return state if seen.peer in state.paces else _guessed_rate(state, seen, settings)
-    pace = state.paces.get(seen.peer) or _told_pace(seen, keep)
-    pace = pace.add(seen.remote_s, seen.executor_s, keep)
+    pace = state.paces.get(seen.peer, Pace()).add(seen.remote_s, seen.executor_s, keep)
     trips = {**state.trips, seen.peer: _learnt_trip(state.trips.get(seen.peer, 0.0), seen)}
     return msgspec.structs.replace(state, paces={**state.paces, seen.peer: pace}, trips=trips)
-
-
-def _told_pace(seen: Observation, keep: float) -> Pace:
-    """As the view says, with the weight of PRIOR_LIVES: an executor's first steps fall into a burst of prompts."""
-    told_s = seen.remote_s * PRIOR_LIVES / (1.0 - keep) if seen.life_steps > 0.0 else 0.0
-    return Pace(told_s, told_s)
 
 
 def _learnt_trip(beyond_s: float, seen: Observation) -> float:

@@ -9,11 +9,6 @@ PROMPT_WEIGHT = 0.02
 DUTY_WEIGHT = 0.1
 
 
-def coming_rows(undecided: int, free_tokens: int, growth_tokens: int) -> int:
-    """Of `undecided` requests that wait, those for whose answers, of `growth_tokens` each, there is room."""
-    return min(undecided, max(free_tokens, 0) // max(growth_tokens, 1))
-
-
 class OutputLengths(msgspec.Struct, frozen=True):
     """Running means over the outputs of ended requests, the newest weighing WEIGHT; start with the default."""
 
@@ -27,20 +22,17 @@ class OutputLengths(msgspec.Struct, frozen=True):
             self.mean + WEIGHT * (output_len - self.mean), self.square + WEIGHT * (output_len**2 - self.square)
         )
 
-    def expected_tokens(self, local_tokens: int, local_prompt_tokens: int, rows: int, assumed: int = 0) -> int:
-        """For `DecodeView.expected_tokens`: local_tokens now, of which local_prompt_tokens are prompts; `rows` rows are
-        there or about to be. assumed: the length of an output while none has ended; 0: not known either.
+    def expected_tokens(self, local_tokens: int, local_prompt_tokens: int, rows: int) -> int:
+        """For `DecodeView.expected_tokens`: local_tokens now, of which local_prompt_tokens are prompts, in `rows` rows.
 
         Outputs of one length keep a batch that began together in step: its suffixes are all short at first and half an
         output on the mean. The more lengths vary, the more a batch mixes young and old, and now is like the mean.
         What the rows have produced already is the least that outputs are now.
         """
-        if not self.mean and not assumed:
+        if not self.mean:
             return local_tokens
-        alike = max(2.0 - self.square / self.mean**2, 0.0) if self.mean else 1.0  # 1 - the coefficient of variation^2
-        mean = self.mean or assumed
-        if rows:
-            mean = max(mean, (local_tokens - local_prompt_tokens) / rows)
+        alike = max(2.0 - self.square / self.mean**2, 0.0)  # 1 - the squared coefficient of variation
+        mean = max(self.mean, (local_tokens - local_prompt_tokens) / rows) if rows else self.mean
         half_way = local_prompt_tokens + (rows + 1) * mean / 2
         return int(alike * half_way + (1.0 - alike) * local_tokens)
 

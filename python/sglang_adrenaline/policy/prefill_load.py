@@ -11,18 +11,16 @@ import math
 WINDOW_S = 10.0
 PATIENCE_S = 2.0
 """A queue as long as this is a passing burst, not too much load."""
-
-
 BACKLOG_S = 10.0
 """Requests that wait for less are a passing burst."""
 BOUND = 0.9
 
 
 def bounded_by_prefill(waiting: int, prefill_s: float, decode_s: float) -> bool:
-    """Whether `waiting` requests will wait for prompts to be computed rather than for others to be decoded.
+    """Whether requests will wait for prompts to be computed rather than for others to be decoded.
 
-    prefill_s, decode_s: what one request costs the prefill instances together, and decode with its memory full, when
-    both do nothing else.
+    waiting: requests whose prompts are not computed. prefill_s, decode_s: what one request costs the prefill instances
+    together, and decode with its memory full, when both do nothing else.
     """
     return waiting * max(prefill_s, decode_s) >= BACKLOG_S and prefill_s >= BOUND * decode_s
 

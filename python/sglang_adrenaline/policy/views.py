@@ -32,7 +32,7 @@ class DecodeView(msgspec.Struct, frozen=True, kw_only=True):
     local_tokens: int
     """Tokens of all admitted requests that are attended to here in a step: suffixes and local prompts."""
     rows: int
-    """Admitted requests, and those that wait and will find room: the batch that a new request will be part of."""
+    """Admitted requests."""
     attention_rate: float
     expected_tokens: int | None = None
     """`local_tokens` as they will be on the mean while a new request runs (local prompts and half an output for every

@@ -167,10 +167,9 @@ class Decode:
     def _decide_by_load(self, request: Req, free: int, growth: int) -> tuple[int, Any, str]:
         peer = self.prefills[request.prefill]
         shared = peer.cache.pinned_prefix(request.blocks) if request.blocks else 0
-        rows = self.active + policy.coming_rows(max(len(self.waiting) - 1, 0), free, growth)
-        assumed = min(growth, request.limit)
+        rows = self.active
         prompt = self.prompts.add(request.prompt).mean
-        output = self.outputs.mean or assumed
+        output = self.outputs.mean or min(growth, request.limit)
         bounds = policy.bounded_by_prefill(
             max(len(self.waiting) - 1, 0) + self.active - self.batch.rows,
             prefill_s=self.cost.prefill_s(int(prompt)) / len(self.prefills),
@@ -189,7 +188,7 @@ class Decode:
                 local_tokens=local,
                 rows=rows,
                 attention_rate=self.cost.attention_rate,
-                expected_tokens=self.outputs.expected_tokens(local, self.local_prompts, rows, assumed),
+                expected_tokens=self.outputs.expected_tokens(local, self.local_prompts, rows),
                 duty=self.duty.share,
                 linear_s=linear,
                 linear_row_s=self.cost.linear_s(rows + 1) - self.cost.linear_s(rows) if rows else 0.0,
