@@ -84,15 +84,6 @@ def test_share_prefill_that_cannot_keep_up_gets_everything_and_gives_it_back(slo
     assert run(control, 61.0, 60, prompts_s=5)[-1] == 0.5
 
 
-def test_share_burst_starves_neither_side():
-    control = ShareControl(POINTS, None)
-    assert control.share(1.0, 0.0) == 0.5
-    shares = [control.share(1.0 + number / 10, 1.2) for number in range(200)]
-    assert shares[:99] == [0.25] * 99 and shares[101:] == [WHOLE_DEVICE] * 99
-    assert control.share(60.0, 0.1) == 0.5
-    assert control.share(70.0, 1.2) == 0.25  # another burst, ten seconds of its own
-
-
 def test_points_at_takes_the_nearest_point_of_the_profile():
     cost = CostModel(datasheet_profile("H100", LLAMA2_7B))
     points = points_at(cost, (0.17, 0.36))

@@ -8,10 +8,8 @@
 beside an executor with too large a share prefill computes less, and what it computes would seem to be all there is.
 
 A change needs DWELL_S since the last one, and a larger share room to spare (`policy.choose_share`), so a share does not
-flap with single prompts. A burst under which prefill's queue grows beside any share passes, and the requests that it
-brings decode for longer: for BURST_S neither side is starved, the share is the one under which the product of both
-rates is largest. Where prefill cannot keep up for longer it gets everything: then it is what bounds the deployment, and
-the policy, which sees its load, offloads little.
+flap with single prompts. Where prefill could not keep up even beside the smallest share it gets everything: then it is
+what bounds the deployment, and the policy, which sees its load, offloads little.
 """
 
 from __future__ import annotations
@@ -28,9 +26,6 @@ from sglang_adrenaline.policy.sm_share import HYSTERESIS, predicted_ttft_s
 PROMPT_WEIGHT = 0.05
 """Of the newest prompt in the mean of their times."""
 DWELL_S = 2.0
-BURST_S = 10.0
-BURST_LOAD = 1.5
-"""More than that is not over in BURST_S: of a burst LoadMeter counts both that it came and how long it waits."""
 FIRST_PROMPT_S = 1e-3
 """Taken for a prompt's time before there was one."""
 NO_OBJECTIVE_S = 1e6
@@ -56,8 +51,7 @@ class ShareControl:
         self._points = tuple(points)
         self._slo_ttft_s = slo_ttft_s if slo_ttft_s is not None else NO_OBJECTIVE_S
         self._prompt_s = 0.0
-        self._overloaded_since: float | None = None
-        self._current = self._best(-math.inf, 0.0, None)
+        self._current = self._best(0.0, None)
         self._changed_at = -math.inf
 
     def computed(self, alone_s: float) -> None:
@@ -70,22 +64,16 @@ class ShareControl:
         load: prefill work that comes, in seconds of the device alone a second.
         """
         if now - self._changed_at >= DWELL_S:
-            best = self._best(now, load, self._current)
+            best = self._best(load, self._current)
             if best != self._current:
                 self._current, self._changed_at = best, now
         return self._current
 
-    def _best(self, now: float, load: float, current: float | None) -> float:
+    def _best(self, load: float, current: float | None) -> float:
         prompt_s = self._prompt_s or FIRST_PROMPT_S
         coming = PrefillLoad(requests_s=load / prompt_s, prompt_s=prompt_s)
         point = choose_share(self._points, coming, self._slo_ttft_s, current)
         more = 1.0 + HYSTERESIS if current == WHOLE_DEVICE else 1.0
         heavier = PrefillLoad(requests_s=coming.requests_s * more, prompt_s=prompt_s)
-        if math.isfinite(predicted_ttft_s(heavier, point.prefill_factor)):
-            self._overloaded_since = None
-            return point.executor_share
-        if self._overloaded_since is None:
-            self._overloaded_since = now
-        if now - self._overloaded_since >= BURST_S or load > BURST_LOAD:
-            return WHOLE_DEVICE
-        return max(self._points, key=lambda each: each.attention_rate * each.prefill_factor).executor_share
+        sustained = math.isfinite(predicted_ttft_s(heavier, point.prefill_factor))
+        return point.executor_share if sustained else WHOLE_DEVICE
