@@ -288,6 +288,14 @@ def test_decide_pressure_comes_and_goes_with_hysteresis():
     assert pressed == [False, True, True, True, True, False, False]
 
 
+def test_decide_those_who_wait_behind_a_request_press_as_well():
+    request, rules = policy.Request(prompt_len=1_000), policy.LoadSettings(relief=0.1)
+    for waiting, pressed in ((3, False), (5, True)):
+        decode = msgspec.structs.replace(BUSY, free_tokens=5_000, waiting=waiting)
+        _, state = policy.decide_by_load(policy.LoadState(), request, "a", decode, IDLE, rules)
+        assert state.pressed is pressed
+
+
 def test_decide_reused_prefixes_keep_room_from_fresh_ones():
     state, rules = policy.LoadState(reuse=1.0), policy.LoadSettings(reuse_reserve=0.25)
     fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=49_900, pinned_tokens=49_900)}

@@ -163,6 +163,7 @@ class LoadDecider:
             linear_s=linear_s,
             linear_row_s=self.cost.linear_s(rows + 1) - self.cost.linear_s(rows) if rows else 0.0,
             under_s=linear_s if halves else 0.0,
+            waiting=here.undecided,
             growth_tokens=growth.own,
         )
         prompt_len = request.prompt_len

@@ -14,11 +14,12 @@ on instance i as long as t_i stays under the level, which is raised by the n - P
 A prompt too short to be split goes where the step is shorter with it: there, if t_i with all of it stays under what the
 level would be with all of it here. Rates are the profile's as measured steps correct them (`feedback.py`).
 
-C1, the memory condition: P fits under the cap on pinned tokens. A request that finds no room here would wait for it.
-It goes remote beyond the hidden part, within C1, if that gains throughput, as long as the batch stays under B_max and
-the step within the TPOT SLO. It gains where a step's fixed time is spread over more rows by more than remote reads add:
-with `pool` tokens of decode memory in use, a batch takes fixed / rows + remote tokens of a row / rate_i per token, and
-moving one token out of a full pool makes room for 1 / pool more of the batch, so it pays where
+C1, the memory condition: P fits under the cap on pinned tokens. A request that finds no room here, or takes what those
+behind it need, makes one wait. It goes remote beyond the hidden part, within C1, if that gains throughput, as long as
+the batch stays under B_max and the step within the TPOT SLO. It gains where a step's fixed time is spread over more
+rows by more than remote reads add: with `pool` tokens of decode memory in use, a batch takes fixed / rows + remote
+tokens of a row / rate_i per token, and moving one token out of a full pool makes room for 1 / pool more of the batch,
+so it pays where
 
     1 / rate_i < fixed / pool
 
@@ -79,7 +80,7 @@ class LoadState(msgspec.Struct, frozen=True):
     """What decisions and observations carry on."""
 
     pressed: bool = False
-    """Requests did not fit into decode's memory of late."""
+    """Requests that wait do not all fit into decode's memory, or did not of late."""
     reuse: float = 0.0
     """Running share of prompt tokens that were already on the prefill side."""
     limited: bool = False
@@ -185,8 +186,9 @@ def _decide(
 
 
 def _pressed(before: bool, request: Request, decode: DecodeView, settings: LoadSettings) -> bool:
-    """With hysteresis: begins when a request does not fit, ends when one fits with room to spare."""
-    spare = decode.free_tokens - (request.prompt_len - request.local_cached_tokens + decode.growth_tokens)
+    """With hysteresis: begins when not all that wait would fit, ends when they fit with room to spare."""
+    each = request.prompt_len - request.local_cached_tokens + decode.growth_tokens
+    spare = decode.free_tokens - (1 + decode.waiting) * each
     return spare < (settings.relief * decode.pool_tokens if before else 0)
 
 

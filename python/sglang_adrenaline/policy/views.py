@@ -46,6 +46,8 @@ class DecodeView(msgspec.Struct, frozen=True, kw_only=True):
     under_s: float = 0.0
     """Of a step, under which remote attention hides beside local attention: the work of all layers where a batch runs
     as two halves in turn (`attention/halves.py`), else nothing."""
+    waiting: int = 0
+    """Further requests that wait for their turn; as large as this one, for all that is known."""
     growth_tokens: int = 0
     """Room that admission asks for beside the prompt."""
 

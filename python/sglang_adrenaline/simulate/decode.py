@@ -193,6 +193,7 @@ class Decode:
                 linear_s=linear,
                 linear_row_s=self.cost.linear_s(rows + 1) - self.cost.linear_s(rows) if rows else 0.0,
                 under_s=linear if halves else 0.0,
+                waiting=max(len(self.waiting) - 1, 0),
                 growth_tokens=growth,
             ),
             {str(p.index): self._view(p, bounds) for p in self.prefills},
