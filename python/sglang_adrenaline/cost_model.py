@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 
+from sglang_adrenaline.policy.prefill_load import bounded_by_prefill
 from sglang_adrenaline.policy.sm_share import SharePoint
 from sglang_adrenaline.profile_data import Profile, ShareFigures
 
@@ -83,12 +84,19 @@ class CostModel:
         """Whether the step is faster in halves; arguments as for `step_s`."""
         return self.step_s(rows, local_tokens, remote, halves=True) < self.step_s(rows, local_tokens, remote)
 
-    def decode_request_s(self, prompt: float, output: float, pool_tokens: int, pace: float = 1.0) -> float:
-        """What a request costs a decode instance whose pool is full of such requests and that offloads nothing.
+    def prefill_bounds(
+        self, waiting: int, prompt: float, output: float, *, pool_tokens: int, pace: float, peers: int
+    ) -> bool:
+        """`prefill_load.bounded_by_prefill` for requests of these lengths, beside a decode pool full of such ones.
 
-        pace: of attention here, as share of the profile's."""
+        pace: of attention here, as share of the profile's; peers: prefill instances.
+        """
         rows = max(int(pool_tokens / (prompt + output / 2)), 1)
-        return output * self.step_s(rows, pool_tokens / pace) / rows
+        return bounded_by_prefill(
+            waiting,
+            prefill_s=self.prefill_s(int(prompt)) / max(peers, 1),
+            decode_s=output * self.step_s(rows, pool_tokens / pace) / rows,
+        )
 
     def prefill_s(self, new_tokens: int, cached_tokens: int = 0) -> float:
         """One prompt's own part of a batch (the batch's fixed time excluded)."""

@@ -156,15 +156,16 @@ def datasheet_profile(device: str, model: ModelFigures, tp_size: int = 1) -> Pro
         TripPoint(rows=rows, seconds=trip_s + rows * model.row_bytes / tp_size / sheet.peer_bytes_s)
         for rows in (1, 32, 256)
     ]
-    shares = [
-        ShareFigures(
-            share=share,
-            attention_bytes_s=bandwidth * sheet.part_of_bandwidth(share) * BESIDE_PREFILL,
-            prefill_factor=(1 - share) * BESIDE_EXECUTOR,
-        )
-        for share in SM_SHARES
-    ]
-    if not sheet.gpu:
+    if sheet.gpu:
+        shares = [
+            ShareFigures(
+                share=share,
+                attention_bytes_s=bandwidth * sheet.part_of_bandwidth(share) * BESIDE_PREFILL,
+                prefill_factor=(1 - share) * BESIDE_EXECUTOR,
+            )
+            for share in SM_SHARES
+        ]
+    else:
         shares = [ShareFigures(share=0.5, attention_bytes_s=bandwidth / 2, prefill_factor=0.5)]
     return Profile(
         device=key,

@@ -169,7 +169,14 @@ class LoadDecider:
         prompt_len = request.prompt_len
         not_computed = here.undecided + rows - (here.rows if here.running is None else here.running)
         output = self._outputs.mean or min(growth.own, answer_limit)
-        bounds = self._prefill_bounds(prompt_len, output, not_computed, here.pool_tokens, len(there))
+        bounds = self.cost.prefill_bounds(
+            not_computed,
+            self._prompts.add(prompt_len).mean,
+            output,
+            pool_tokens=here.pool_tokens,
+            pace=self.state.local_pace.rate,
+            peers=len(there),
+        )
         views = {name: self._view(peer, bounds) for name, peer in there.items()}
         decision, state = policy.decide_by_load(
             self.state, request, target, view, views, self._settings_for(prompt_len)
@@ -235,15 +242,6 @@ class LoadDecider:
     def observe(self, seen: policy.Observation) -> None:
         seen = msgspec.structs.replace(seen, life_steps=self._outputs.mean)
         self.state = policy.observe(self.state, seen, self.settings)
-
-    def _prefill_bounds(self, newest: int, output: float, waiting: int, pool_tokens: int, peers: int) -> bool:
-        """Whether prompts are what requests wait for; all of them as long as the mean, answers of `output` tokens."""
-        prompt = self._prompts.add(newest).mean
-        return policy.bounded_by_prefill(
-            waiting,
-            prefill_s=self.cost.prefill_s(int(prompt)) / max(peers, 1),
-            decode_s=self.cost.decode_request_s(prompt, output, pool_tokens, self.state.local_pace.rate),
-        )
 
     def _view(self, peer: There, bounds: bool) -> policy.PrefillView:
         return policy.PrefillView(

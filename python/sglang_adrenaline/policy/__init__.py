@@ -23,7 +23,6 @@ from sglang_adrenaline.policy.feedback import Observation, observe
 from sglang_adrenaline.policy.fixed import Settings, State, decide
 from sglang_adrenaline.policy.forecast import HEADROOM, AnswerShares, peak_growth
 from sglang_adrenaline.policy.growth import Duty, OutputLengths, PromptLengths
-from sglang_adrenaline.policy.prefill_load import bounded_by_prefill
 from sglang_adrenaline.policy.sm_share import PrefillLoad, SharePoint, choose_share
 from sglang_adrenaline.policy.views import DecodeView, LoadSettings, PrefillView, Request
 from sglang_adrenaline.policy.wish import WHOLE_PROMPT, requested_prefix_len
@@ -48,7 +47,6 @@ __all__ = [
     "Settings",
     "SharePoint",
     "State",
-    "bounded_by_prefill",
     "choose_share",
     "decide",
     "decide_by_load",

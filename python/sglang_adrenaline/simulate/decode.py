@@ -168,12 +168,14 @@ class Decode:
         peer = self.prefills[request.prefill]
         shared = peer.cache.pinned_prefix(request.blocks) if request.blocks else 0
         rows = self.active
-        prompt = self.prompts.add(request.prompt).mean
-        output = self.outputs.mean or min(growth, request.limit)
-        bounds = policy.bounded_by_prefill(
-            max(len(self.waiting) - 1, 0) + self.active - self.batch.rows,
-            prefill_s=self.cost.prefill_s(int(prompt)) / len(self.prefills),
-            decode_s=self.cost.decode_request_s(prompt, output, self.pool, self.state.local_pace.rate),
+        behind = max(len(self.waiting) - 1, 0)
+        bounds = self.cost.prefill_bounds(
+            behind + self.active - self.batch.rows,
+            self.prompts.add(request.prompt).mean,
+            self.outputs.mean or min(growth, request.limit),
+            pool_tokens=self.pool,
+            pace=self.state.local_pace.rate,
+            peers=len(self.prefills),
         )
         local = self.batch.local + self.coming_local
         halves = self._in_halves(rows)
@@ -193,7 +195,7 @@ class Decode:
                 linear_s=linear,
                 linear_row_s=self.cost.linear_s(rows + 1) - self.cost.linear_s(rows) if rows else 0.0,
                 under_s=linear if halves else 0.0,
-                waiting=max(len(self.waiting) - 1, 0),
+                waiting=behind,
                 growth_tokens=growth,
             ),
             {str(p.index): self._view(p, bounds) for p in self.prefills},

@@ -106,7 +106,7 @@ class Prefill:
 
     def load(self, now: float) -> float:
         """`PrefillView.prefill_load`: 0 with divided SMs."""
-        if self._factor is not None:
+        if self.divided:
             return 0.0
         return self._arrived.load(now, self.free_at - now, self._speed())
 
