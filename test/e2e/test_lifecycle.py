@@ -21,7 +21,9 @@ pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
 NUM_REQUESTS = 200
 IDLE_WINDOW_S = 6.0
 IDLE_SHARE = 0.05
-"""Of one core, all servers together."""
+"""Of one core, all servers together, over a window."""
+IDLE_WITHIN_S = 30.0
+"""After the last request has given everything back."""
 
 
 def leftovers(group: Group, names: Sequence[str] = ("prefill", "decode")) -> list[str]:
@@ -168,20 +170,34 @@ def test_rooms_chosen_by_a_client_do_not_take_a_server_down(deployment):
     wait_for_nothing_left(deployment, timeout_s=60)
 
 
-def _cpu_seconds(group: Group) -> float:
-    ticks = 0
-    for server in group.servers.values():
+def _cpu_seconds(group: Group) -> dict[str, float]:
+    """CPU seconds that each process of each server has used so far, by "server pid name"."""
+    used = {}
+    for name, server in group.servers.items():
         for pid in session_members(server.pid):
             with open(f"/proc/{pid}/stat") as stat:
-                fields = stat.read().rsplit(")", 1)[1].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / 100
+                head, fields = stat.read().rsplit(")", 1)
+            ticks = sum(map(int, fields.split()[11:13]))
+            used[f"{name} {pid} {head.split('(', 1)[1]}"] = ticks / 100
+    return used
+
+
+def _idle_share(group: Group) -> tuple[float, str]:
+    """Share of a core that all servers used in the next window, and who used it."""
+    before, since = _cpu_seconds(group), time.monotonic()
+    time.sleep(IDLE_WINDOW_S)
+    after, passed = _cpu_seconds(group), time.monotonic() - since
+    shares = {who: (used - before.get(who, 0.0)) / passed for who, used in after.items()}
+    return sum(shares.values()), ", ".join(f"{who}: {share:.1%}" for who, share in shares.items() if share)
 
 
 def test_idle_servers_use_next_to_no_cpu(deployment):
+    """What runs always fails in every window; what the tests before left to be cleaned up is gone after a while."""
     wait_for_nothing_left(deployment, timeout_s=60)
-    time.sleep(2)
-    before, since = _cpu_seconds(deployment), time.monotonic()
-    time.sleep(IDLE_WINDOW_S)
-    share = (_cpu_seconds(deployment) - before) / (time.monotonic() - since)
-    assert share < IDLE_SHARE, f"{share:.1%} of a core while idle"
+    windows = []
+    deadline = time.monotonic() + IDLE_WITHIN_S
+    while time.monotonic() < deadline:
+        windows.append(_idle_share(deployment))
+        if windows[-1][0] < IDLE_SHARE:
+            return
+    raise AssertionError("; ".join(f"{share:.1%} of a core while idle ({who})" for share, who in windows))
