@@ -3,6 +3,9 @@
 One launch serves all: its ratio is auto, and a fixed ratio is carried out by the client, which names each request's
 split as `policy.decide` would. So settings are measured in turn, round by round, on the same processes, and what else
 the machine does hits all of them alike. Before each setting both caches are emptied. See `phases.py` for the load.
+
+Each server keeps to cores of its own, as servers on GPUs keep to theirs: executor and prefill share one server's,
+and what decode does not use is nobody else's. `--cores all` lets the kernel move everything everywhere.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from phases import CONCURRENCY, DECODE_POOL, PHASES, RESERVED_TOKENS, Phase
 from servers import Group
 
 from sglang_adrenaline import policy
-from sglang_adrenaline.profiling.cpu import device_name
+from sglang_adrenaline.cpu_info import device_name
 
 MODEL = Path(__file__).parent / "models" / "cpu-mha"
 AUTO = "auto"
@@ -62,6 +65,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--phases", nargs="+", choices=[p.name for p in PHASES], default=[p.name for p in PHASES])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--decode-pool", type=int, default=DECODE_POOL, help="tokens (default %(default)s)")
+    parser.add_argument("--cores", choices=["own", "all"], default="own", help="of a server (default %(default)s)")
     parser.add_argument("--adrenaline-args", default="", help="further --adrenaline-* flags of the servers")
     parser.add_argument("--profile", help="of this machine for benchmark/models/cpu-mha (default: measured first)")
     parser.add_argument("--json", metavar="FILE", help="write all results there, add those that are in it")
@@ -87,6 +91,9 @@ def make_group(args: argparse.Namespace, profile: str, logs: Path) -> Group:
     for server in group.servers.values():
         # Strict memory checks cost time in every loop; they belong to tests.
         server.env = {key: value for key, value in server.env.items() if key not in servers.STRICT_ENV}
+    cores = sorted(os.sched_getaffinity(0))
+    if args.cores == "own" and len(cores) > 1:
+        group.servers["prefill"].cores, group.servers["decode"].cores = cores[::2], cores[1::2]
     return group
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sglang_adrenaline import compat
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.cost_model import CostModel
-from sglang_adrenaline.cpu_info import has_accelerator
+from sglang_adrenaline.cpu_info import device_name, has_accelerator
 from sglang_adrenaline.errors import ConfigError
 from sglang_adrenaline.figures import ModelFigures, known_device, model_from_settings
 from sglang_adrenaline.profile_data import datasheet_profile, load_profile
@@ -34,16 +34,19 @@ def served_model(model_config: Any) -> ModelFigures:
 
 
 def check(config: AdrenalineConfig, model_config: Any) -> None:
-    """Raise ConfigError if the profile that was given is none of this model, or an objective cannot be met."""
+    """Raise ConfigError if the profile that was given is none of this model (nor, on a CPU, of this machine), or an
+    objective cannot be met."""
     try:
         model = served_model(model_config)
     except ConfigError as error:
         if config.profile is not None or config.objectives_ms:
             raise ConfigError(f"no profile and no objective can be used: {error}") from None
         return
+    on_cpu = not has_accelerator()
     if config.profile is not None:
-        check_objectives(config, CostModel(load_profile(config.profile, model=model)))
-    elif not has_accelerator():
+        device = device_name() if on_cpu else None
+        check_objectives(config, CostModel(load_profile(config.profile, device=device, model=model)))
+    elif on_cpu:
         check_objectives(config, CostModel(datasheet_profile("CPU", model)))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from sglang_adrenaline import cpu_info
 from sglang_adrenaline.ranks import Ranks
 
 Scheduler = Any
@@ -460,9 +461,7 @@ def device_name(scheduler: Scheduler) -> str:
     where = device(scheduler)
     if where.type == "cuda":
         return torch.cuda.get_device_properties(where).name
-    from sglang_adrenaline.profiling.cpu import device_name as cpu_name
-
-    return cpu_name()
+    return cpu_info.device_name()
 
 
 def publishes_metrics(scheduler: Scheduler) -> bool:

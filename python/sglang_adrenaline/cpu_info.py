@@ -1,10 +1,11 @@
-"""Facts about the machine: accelerators, usable cores, bfloat16 arithmetic. Reads only; imports no SGLang."""
+"""Facts about the machine: accelerator, processor, usable cores, bfloat16 arithmetic. Reads only; imports no SGLang."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import platform
+from pathlib import Path
 
 X86_64 = ("x86_64", "amd64")
 ARM64 = ("arm64", "aarch64")
@@ -43,6 +44,16 @@ def usable_cores() -> int:
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     quota = _cgroup_cores()
     return max(1, cores if quota is None else min(cores, round(quota)))
+
+
+def device_name(path: str = "/proc/cpuinfo") -> str:
+    """Of this machine, as its profiles name it: the processor as the system calls it, and the cores that there are."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU {names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count() or 1} cores"
 
 
 def _cgroup_cores(path: str = "/sys/fs/cgroup/cpu.max") -> float | None:

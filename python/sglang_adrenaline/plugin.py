@@ -45,8 +45,18 @@ def register() -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    print(f"sglang_adrenaline: error: {error}", file=sys.stderr, flush=True)
+    _say(error)
     raise SystemExit(1)
+
+
+def _fail_at_once(error: Exception) -> NoReturn:
+    """In a scheduler whose threads run: they would keep an interpreter that exits alive, and its server waiting."""
+    _say(error)
+    os._exit(1)
+
+
+def _say(error: Exception) -> None:
+    print(f"sglang_adrenaline: error: {error}", file=sys.stderr, flush=True)
 
 
 def _register_transfer() -> None:
@@ -132,7 +142,7 @@ class SchedulerHandlers:
             self._verify()
             self._runtime.attach_scheduler(scheduler)
         except AdrenalineError as error:
-            _fail(error)
+            _fail_at_once(error)
         if compat.publishes_metrics(scheduler):
             from sglang_adrenaline.metrics import StatusMetrics
 

@@ -23,7 +23,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class Server:
     ready_path: str = "/health"
     ready_line: str | None = None
     """What the log holds once it serves, if `ready_path` cannot tell."""
+    cores: Sequence[int] = ()
+    """Of this machine, which all its processes may use; none: all."""
     process: subprocess.Popen[bytes] | None = None
     _log_begins: int = 0
     """Where in the log, which others may have written to before, its newest start begins."""
@@ -102,7 +104,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env=_base_env() | self.env,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=partial(_become_server, self.cores),
             )
 
     def wait_ready(self, deadline: float) -> None:
@@ -430,8 +432,11 @@ def _base_env() -> dict[str, str]:
     }
 
 
-def _die_with_parent() -> None:
+def _become_server(cores: Sequence[int]) -> None:
+    """In the child: it dies with its parent, and keeps to `cores`, if any are given."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if cores:
+        os.sched_setaffinity(0, cores)
 
 
 def _signal_group(group: int, number: int) -> None:

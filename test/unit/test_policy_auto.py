@@ -38,6 +38,7 @@ decodes = st.builds(
     linear_s=st.floats(0, 0.05),
     linear_row_s=st.floats(0, 1e-4),
     growth_tokens=st.integers(0, 2_000),
+    kept_tokens=tokens,
 )
 peers = st.builds(
     policy.PrefillView,
@@ -166,6 +167,12 @@ def test_decide_more_free_memory_on_decode_never_offloads_more(state, request, d
 
 
 @given(states, requests, decodes, fleets, settings, tokens)
+def test_decide_more_memory_kept_for_answers_never_offloads_less(state, request, decode, fleet, rules, more):
+    keeps = msgspec.structs.replace(decode, kept_tokens=decode.kept_tokens + more)
+    assert split(state, request, keeps, fleet, rules) >= split(state, request, decode, fleet, rules)
+
+
+@given(states, requests, decodes, fleets, settings, tokens)
 def test_decide_more_free_memory_on_prefill_never_offloads_less(state, request, decode, fleet, rules, freed):
     peer = fleet["a"]
     emptier = msgspec.structs.replace(peer, pinned_tokens=max(peer.pinned_tokens - freed, 0))
@@ -253,6 +260,18 @@ def test_decide_full_decode_memory_where_remote_reads_cost_more_than_rows_save_w
         policy.LoadState(), policy.Request(prompt_len=700), "a", full, fleet, policy.LoadSettings()
     )
     assert decision == policy.Decision(0, policy.Reason.LEVEL)
+
+
+def test_decide_full_decode_memory_of_which_less_is_read_overflows_sooner():
+    full = msgspec.structs.replace(BUSY, free_tokens=100, local_tokens=60_000, linear_s=0.014)
+    fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=60_000, pinned_tokens=60_000)}
+    keeps = msgspec.structs.replace(full, kept_tokens=30_000)
+    request = policy.Request(prompt_len=700)
+    reasons = [
+        policy.decide_by_load(policy.LoadState(), request, "a", decode, fleet, policy.LoadSettings())[0].reason
+        for decode in (full, keeps)
+    ]
+    assert reasons == [policy.Reason.LEVEL, policy.Reason.OVERFLOW]
 
 
 def test_decide_prompt_longer_than_decode_memory_stays_remote_as_far_as_needed():

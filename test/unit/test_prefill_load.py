@@ -116,6 +116,22 @@ def test_kernels_compiled_for_a_first_short_prompt_teach_next_to_nothing():
     assert meter.load < 0.01
 
 
+@pytest.mark.parametrize("reports_every", [1, 2, 3])
+def test_slowness_is_not_overrated_where_work_is_seen_a_batch_before_its_prompts_are_done(reports_every):
+    """As in SGLang's loop: a batch runs, then the one before it is done; large and small batches take turns."""
+    meter, slow, now, before = LoadMeter(by_token), 2.0, 0.0, 0
+    for loop in range(200):
+        tokens = (900, 100)[loop % 2]
+        now += slow * by_token(tokens, 0)
+        if before:
+            meter.computed(before, 0)
+        meter.ran(now, now, busy=True, alone=True)
+        if loop % reports_every == 0:
+            meter.report(now, begun=[], waiting=[])
+        before = tokens
+    assert meter.slowness == pytest.approx(slow, rel=0.1)
+
+
 def test_an_idle_server_is_forgotten_to_have_been_busy_but_not_what_prompts_cost():
     server = Server(by_token, 3.0)
     drive(server, 40.0, 0.9)

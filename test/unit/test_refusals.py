@@ -12,10 +12,10 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
+from msgspec import structs
 
-from sglang_adrenaline import auto_cost, refusals
+from sglang_adrenaline import auto_cost, cpu_info, refusals
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.errors import ConfigError
 from sglang_adrenaline.figures import model_from_config
@@ -247,10 +247,15 @@ def test_check_auto_ratio_profile_of_this_model_passes_and_others_are_refused(sg
     assert "cannot read profile" in (auto_refusal(sglang, served, profile) or "")
     profile.write_text("{}")
     assert "is not a profile" in (auto_refusal(sglang, served, profile) or "")
-    for layers, why in ((4, None), (5, "another shape")):
+    here = cpu_info.device_name()
+    for layers, device, why in (
+        (4, here, None),
+        (5, here, "another shape"),
+        (4, "CPU Z, 3 cores", "of 'CPU Z, 3 cores'"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": layers}))
         model = model_from_config(str(tmp_path), bytes_each=4)
-        profile.write_bytes(encode_profile(datasheet_profile("CPU", model)))
+        profile.write_bytes(encode_profile(structs.replace(datasheet_profile("CPU", model), device=device)))
         told = auto_refusal(sglang, served, profile)
         assert told is None if why is None else why in (told or "")
 
@@ -260,9 +265,8 @@ def test_check_impossible_objective_is_refused_in_one_line(sglang, folder, tmp_p
     served = sglang.resolve(folder(LLAMA), "decode")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     profile = tmp_path / "profile.json"
-    measured = msgspec.structs.replace(
-        datasheet_profile("CPU", model_from_config(str(tmp_path), bytes_each=4)), source="measured"
-    )
+    sheet = datasheet_profile("CPU", model_from_config(str(tmp_path), bytes_each=4))
+    measured = structs.replace(sheet, device=cpu_info.device_name(), source="measured")
     profile.write_bytes(encode_profile(measured))
     for path in (None, str(profile)):
         refusals.check(*served, AdrenalineConfig(role="decode", profile=path, **{objective: possible_ms}))
@@ -292,7 +296,7 @@ def test_cost_model_for_server_unknown_gpu_goes_by_a_slow_one_and_a_foreign_prof
     for text in ("Some GPU 3000", "data sheet of"):
         assert text in caplog.text
     with pytest.raises(ConfigError, match="cannot be met"):
-        auto_cost.for_server(msgspec.structs.replace(plain, slo_tpot_ms=1e-6), model, "Some GPU 3000")
+        auto_cost.for_server(structs.replace(plain, slo_tpot_ms=1e-6), model, "Some GPU 3000")
     profile = tmp_path / "profile.json"
     profile.write_bytes(encode_profile(datasheet_profile("CPU", model)))
     given = AdrenalineConfig(role="decode", offload_ratio="auto", profile=str(profile))

@@ -165,6 +165,7 @@ class LoadDecider:
             under_s=linear_s if halves else 0.0,
             waiting=here.undecided,
             growth_tokens=growth.own,
+            kept_tokens=growth.tokens,
         )
         prompt_len = request.prompt_len
         not_computed = here.undecided + rows - (here.rows if here.running is None else here.running)

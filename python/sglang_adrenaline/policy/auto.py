@@ -17,13 +17,13 @@ level would be with all of it here. Rates are the profile's as measured steps co
 C1, the memory condition: P fits under the cap on pinned tokens. A request that finds no room here, or takes what those
 behind it need, makes one wait. It goes remote beyond the hidden part, within C1, if that gains throughput, as long as
 the batch stays under B_max and the step within the TPOT SLO. It gains where a step's fixed time is spread over more
-rows by more than remote reads add: with `pool` tokens of decode memory in use, a batch takes fixed / rows + remote
-tokens of a row / rate_i per token, and moving one token out of a full pool makes room for 1 / pool more of the batch,
-so it pays where
+rows by more than remote reads add: with `used` tokens of decode memory in use, all but what is kept free for answers to
+grow, a batch takes fixed / rows + remote tokens of a row / rate_i per token, and moving one token out makes room for
+1 / used more of the batch, so it pays where
 
-    1 / rate_i < fixed / pool
+    1 / rate_i < fixed / used
 
-Requests whose prompts are being computed hold memory, too, but steps read nothing of theirs: of `pool` and of what
+Requests whose prompts are being computed hold memory, too, but steps read nothing of theirs: of `used` and of what
 requests have in all, steps read the share `duty`.
 
 Where C1 is what keeps a prompt from going remote, it stays here only if that does not make tokens dearer, else it waits
@@ -263,7 +263,8 @@ def _overflow(state: LoadState, decode: DecodeView, peer: PrefillView, settings:
     duty, rate = decode.duty, peer.attention_rate
     fixed_s = _fixed_s(state, decode.linear_s) - decode.rows * decode.linear_row_s
     rows, read = duty * decode.rows, duty * peer.attended_tokens
-    if rows >= settings.max_rows or duty * decode.pool_tokens > fixed_s * rate:
+    used = decode.pool_tokens - decode.kept_tokens
+    if rows >= settings.max_rows or duty * used > fixed_s * rate:
         return 0.0
     linear_s = fixed_s + rows * decode.linear_row_s
     local_s = duty * decode.local_tokens / decode.attention_rate

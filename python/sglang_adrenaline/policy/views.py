@@ -50,6 +50,8 @@ class DecodeView(msgspec.Struct, frozen=True, kw_only=True):
     """Further requests that wait for their turn; as large as this one, for all that is known."""
     growth_tokens: int = 0
     """Room that admission asks for beside the prompt."""
+    kept_tokens: int = 0
+    """Of the pool, kept free for answers of admitted requests and this one: no step reads anything there."""
 
 
 class PrefillView(msgspec.Struct, frozen=True, kw_only=True):

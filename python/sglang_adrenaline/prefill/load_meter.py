@@ -14,13 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+from sglang_adrenaline.policy.pace import Pace
 from sglang_adrenaline.policy.prefill_load import ArrivedWork
 
-LEARN_S = 5.0
+LEARN_S = 15.0
 """So much work forgets what was learned before."""
-LEAP = 4.0
-"""Between two reports `slowness` is believed to have changed by no more than this factor: kernels that are compiled at
-first use are no prompts' work."""
+PRIOR_S = 1.5
+"""So much work is taken to have gone as expected before the first."""
+LEAP = 7.0
+"""Between two reports no more than so many times what the prompts should have taken is believed to be theirs: kernels
+that are compiled at first use are no prompts' work."""
 FRESH_WEIGHT = 0.1
 """Of the newest prompt in the share of prompt tokens that are not cached."""
 
@@ -30,7 +33,7 @@ class LoadMeter:
 
     def __init__(self, expected_s: Callable[[int, int], float]) -> None:
         self.load = 0.0
-        self.slowness = 1.0
+        self._pace = Pace(PRIOR_S, PRIOR_S)
         self._expected_s = expected_s
         self._fresh = 1.0
         self._arrived = ArrivedWork()
@@ -45,6 +48,15 @@ class LoadMeter:
         """Expected of prompts that were done in this loop."""
         self._lesson = (0.0, 0.0)
         """Worked and expected seconds up to the prompt that was last done, since the last report."""
+
+    @property
+    def slowness(self) -> float:
+        """What prompts of late took over what they should have taken.
+
+        The quotient of sums, not a mean of quotients: work is seen a batch before the prompts that it was for are done,
+        so that single lessons are too high or too low by a multiple, and only the sums fit each other.
+        """
+        return 1.0 / self._pace.rate
 
     def ran(self, now: float, worked_s: float, *, busy: bool, alone: bool) -> None:
         """One loop of the scheduler ended at `now` (seconds, monotonic).
@@ -86,7 +98,6 @@ class LoadMeter:
 
     def _learn(self) -> None:
         worked_s, expected_s = self._lesson
-        if worked_s > 0.0 and expected_s > 0.0:
-            told = min(max(worked_s / expected_s, self.slowness / LEAP), self.slowness * LEAP)
-            self.slowness += (told - self.slowness) * -math.expm1(-told * expected_s / LEARN_S)
+        worked_s = min(worked_s, LEAP * self.slowness * expected_s)
+        self._pace = self._pace.add(expected_s, worked_s, math.exp(-worked_s / LEARN_S))
         self._lesson = (0.0, 0.0)

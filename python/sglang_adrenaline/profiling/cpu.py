@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
-from pathlib import Path
 
 import torch
 
+from sglang_adrenaline import cpu_info
 from sglang_adrenaline.attention.prefill import attend_causal
 from sglang_adrenaline.attention.ragged import RaggedPlan, attend
 from sglang_adrenaline.errors import ConfigError
@@ -42,18 +41,6 @@ def least_s(run: Callable[[], object], budget_s: float, threads: int) -> float:
     return max(min(times), 1e-9)
 
 
-def device_name() -> str:
-    """The processor's name as the system gives it, and how many cores this process may use."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = names[0] if names else name
-    return f"CPU {name}, {len(os.sched_getaffinity(0))} cores"
-
-
 class CpuMachine:
     """See `machine.Machine`. threads: of one server."""
 
@@ -65,7 +52,7 @@ class CpuMachine:
         torch.set_num_threads(threads)
         self._model, self._dtype, self._threads, self._budget_s = model, dtype, threads, budget_s
         self._torch_dtype = getattr(torch, dtype)
-        self.device = device_name()
+        self.device = cpu_info.device_name()
         self.memory_bytes = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         layer_bytes = model.layer_parameters * model.weight_bytes_each
         self._layers = max(min(model.num_layers, MOST_BYTES // layer_bytes), 1)

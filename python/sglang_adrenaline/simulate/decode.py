@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglang_adrenaline import policy
 from sglang_adrenaline.cost_model import CostModel
@@ -23,6 +23,14 @@ from sglang_adrenaline.simulate.trace import Req
 
 RETRACT_STEPS = 20
 """A retraction frees room for so many steps, as SGLang's does."""
+
+
+class Room(NamedTuple):
+    """Tokens of the pool. free: that a newcomer and its growth may take; growth: its own; kept: for all growth."""
+
+    free: int
+    growth: int
+    kept: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +93,7 @@ class Decode:
         if self.rules.offload is None:
             request.split = 0
         elif self.rules.at_arrival:
-            self._settle(request, *self._decide(request, *self._room(request, 0)))
+            self._settle(request, *self._decide(request, self._room(request, 0)))
         self.waiting.append(request)
 
     def admit(self, now: float) -> Iterator[Req]:
@@ -98,11 +106,11 @@ class Decode:
         steps = int((now - self.batch.time) / self.batch.step_s()) if self.batch.planned else 0
         while self.waiting:
             request = self.waiting[0]
-            free, growth = self._room(request, steps)
+            room = self._room(request, steps)
             undecided = request.split < 0
-            split, state, reason = self._decide(request, free, growth) if undecided else (request.split, None, "")
+            split, state, reason = self._decide(request, room) if undecided else (request.split, None, "")
             need = request.prompt - split + max(request.produced, 1)
-            if self.active and (need + growth > free or reason == policy.Reason.WAIT):
+            if self.active and (need + room.growth > room.free or reason == policy.Reason.WAIT):
                 break
             self.waiting.popleft()
             if undecided:
@@ -118,14 +126,15 @@ class Decode:
             else:
                 yield request
 
-    def _room(self, request: Req, steps: int) -> tuple[int, int]:
-        """(tokens that a newcomer and its growth may take, its growth), `steps` into the run under way."""
+    def _room(self, request: Req, steps: int) -> Room:
+        """For a newcomer, `steps` into the run under way."""
         free = self.pool - self.used - self.batch.rows * steps
         if self._admitted is None:
             reserve = self.rules.reserve_tokens
-            return free - reserve * self.active, reserve
+            return Room(free - reserve * self.active, reserve, reserve * (self.active + 1))
         growth, own = self._admitted.growth(self.batch.step + steps, request, self.rules.reserve_tokens)
-        return free - growth + own - int(policy.HEADROOM * self.pool), own
+        kept = growth + int(policy.HEADROOM * self.pool)
+        return Room(free - kept + own, own, kept)
 
     def prefilled(self, request: Req, now: float) -> bool:
         """The KV that is to be here has come, with the first token; True if that was the last token as well."""
@@ -149,10 +158,10 @@ class Decode:
         if split:
             self.prefills[request.prefill].pin(request, split, self.rules.settings.shared_read)
 
-    def _decide(self, request: Req, free: int, growth: int) -> tuple[int, Any, str]:
-        """(split, next state of the policy, why) for a request; free, growth: see `_room`."""
+    def _decide(self, request: Req, room: Room) -> tuple[int, Any, str]:
+        """(split, next state of the policy, why) for a request."""
         if self.rules.offload == "auto":
-            return self._decide_by_load(request, free, growth)
+            return self._decide_by_load(request, room)
         settings = self.rules.settings
         fixed = policy.Settings(float(self.rules.offload or 0.0), settings.min_tokens, settings.page_size)
         split, state = policy.decide(self.state, request.prompt, None, fixed)
@@ -164,7 +173,7 @@ class Decode:
             return 0, state, "refused"
         return split, state, "ratio"
 
-    def _decide_by_load(self, request: Req, free: int, growth: int) -> tuple[int, Any, str]:
+    def _decide_by_load(self, request: Req, room: Room) -> tuple[int, Any, str]:
         peer = self.prefills[request.prefill]
         shared = peer.cache.pinned_prefix(request.blocks) if request.blocks else 0
         rows = self.active
@@ -172,7 +181,7 @@ class Decode:
         bounds = self.cost.prefill_bounds(
             behind + self.active - self.batch.rows,
             self.prompts.add(request.prompt).mean,
-            self.outputs.mean or min(growth, request.limit),
+            self.outputs.mean or min(room.growth, request.limit),
             pool_tokens=self.pool,
             pace=self.state.local_pace.rate,
             peers=len(self.prefills),
@@ -186,7 +195,7 @@ class Decode:
             str(peer.index),
             policy.DecodeView(
                 pool_tokens=self.pool,
-                free_tokens=max(free, 0),
+                free_tokens=max(room.free, 0),
                 local_tokens=local,
                 rows=rows,
                 attention_rate=self.cost.attention_rate,
@@ -196,7 +205,8 @@ class Decode:
                 linear_row_s=self.cost.linear_s(rows + 1) - self.cost.linear_s(rows) if rows else 0.0,
                 under_s=linear if halves else 0.0,
                 waiting=behind,
-                growth_tokens=growth,
+                growth_tokens=room.growth,
+                kept_tokens=room.kept,
             ),
             {str(p.index): self._view(p, bounds) for p in self.prefills},
             self.rules.settings,
