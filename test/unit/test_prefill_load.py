@@ -125,7 +125,7 @@ def test_slowness_is_not_overrated_where_work_is_seen_a_batch_before_its_prompts
         now += slow * by_token(tokens, 0)
         if before:
             meter.computed(before, 0)
-        meter.ran(now, now, busy=True, alone=True)
+        meter.ran(now, now, busy=True, alone=True, ahead=True)
         if loop % reports_every == 0:
             meter.report(now, begun=[], waiting=[])
         before = tokens

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable
 from sglang_adrenaline.policy.pace import Pace
 from sglang_adrenaline.policy.prefill_load import ArrivedWork
 
-LEARN_S = 15.0
+LEARN_S = 10.0
 """So much work forgets what was learned before."""
-PRIOR_S = 1.5
+PRIOR_S = 1.0
 """So much work is taken to have gone as expected before the first."""
-LEAP = 7.0
-"""Between two reports no more than so many times what the prompts should have taken is believed to be theirs: kernels
-that are compiled at first use are no prompts' work."""
+LEAP = 4.0
+"""Between two reports `slowness` is believed to have become no more than so many times as much: kernels that are
+compiled at first use are no prompts' work."""
 FRESH_WEIGHT = 0.1
 """Of the newest prompt in the share of prompt tokens that are not cached."""
 
@@ -51,25 +51,25 @@ class LoadMeter:
 
     @property
     def slowness(self) -> float:
-        """What prompts of late took over what they should have taken.
-
-        The quotient of sums, not a mean of quotients: work is seen a batch before the prompts that it was for are done,
-        so that single lessons are too high or too low by a multiple, and only the sums fit each other.
-        """
+        """What prompts of late took over what they should have taken."""
         return 1.0 / self._pace.rate
 
-    def ran(self, now: float, worked_s: float, *, busy: bool, alone: bool) -> None:
+    def ran(self, now: float, worked_s: float, *, busy: bool, alone: bool, ahead: bool = False) -> None:
         """One loop of the scheduler ended at `now` (seconds, monotonic).
 
         worked_s  time that prefill has worked since it began, on a clock that stands while the executor has its core
         busy      the time since the last call went into prompts
         alone     and nothing else used the device
+        ahead     it went into a batch after the one whose prompts were done in it
         """
+        spent_s = 0.0
         if self._looped_at is not None and busy:
-            self._begun_s += min(max(worked_s - self._worked_at, 0.0), max(now - self._looped_at, 0.0))
+            spent_s = min(max(worked_s - self._worked_at, 0.0), max(now - self._looped_at, 0.0))
+        self._begun_s += 0.0 if ahead else spent_s
         if self._done_s > 0.0:
             self._lesson = (self._lesson[0] + self._begun_s, self._lesson[1] + self._done_s)
             self._begun_s = self._done_s = 0.0
+        self._begun_s += spent_s if ahead else 0.0
         if not alone:
             self._begun_s, self._lesson = 0.0, (0.0, 0.0)
         self._looped_at, self._worked_at = now, worked_s

@@ -323,7 +323,9 @@ class PrefillRuntime:
         on_cpu = self._device.type == "cpu"
         worked_s = time.thread_time() if on_cpu else now
         alone = on_cpu or not self.keeps_prefixes
-        self._load.ran(now, worked_s, busy=compat.runs_prompts(self._scheduler), alone=alone)
+        # With overlap scheduling a batch is run, which is all on a CPU, before the results of the last are looked at.
+        ahead = on_cpu and compat.overlaps(self._scheduler)
+        self._load.ran(now, worked_s, busy=compat.runs_prompts(self._scheduler), alone=alone, ahead=ahead)
 
     def _report_load(self, now: float) -> None:
         begun = [
