@@ -74,6 +74,24 @@ def test_register_in_each_process_applies_its_rows_and_no_other(arguments, place
         assert (applied == "True") == (where in places), (where, target, applied)
 
 
+ATTACH = """
+import threading
+from sglang_adrenaline.errors import HookError
+from sglang_adrenaline.plugin import SchedulerHandlers
+threading.Thread(target=threading.Event().wait).start()
+def verify():
+    raise HookError("not in place")
+SchedulerHandlers("decode", None, verify).attach(None, None)
+"""
+
+
+def test_scheduler_that_cannot_be_attached_to_ends_with_one_line_though_its_threads_run():
+    """SGLang's never end by themselves, and its server waits for the process."""
+    command = [sys.executable, "-W", "ignore", "-c", ATTACH]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "sglang_adrenaline: error: not in place\n")
+
+
 def test_touch_points_doc_is_what_the_table_says():
     assert (ROOT / "docs" / "touch-points.md").read_text() == hooks.as_markdown()
 

@@ -34,6 +34,7 @@ decodes = st.builds(
     free=tokens,
     local_tokens=tokens,
     rows=st.integers(0, 500),
+    computing=st.none() | st.integers(0, 3),
     attention_rate=rates,
     linear_s=st.floats(0, 0.05),
     linear_row_s=st.floats(0, 1e-4),
@@ -260,6 +261,22 @@ def test_decide_full_decode_memory_where_remote_reads_cost_more_than_rows_save_w
         policy.LoadState(), policy.Request(prompt_len=700), "a", full, fleet, policy.LoadSettings()
     )
     assert decision == policy.Decision(0, policy.Reason.LEVEL)
+
+
+def test_decide_no_room_here_and_an_idle_prefill_is_not_left_idle():
+    """Though by its load of late prefill has little time to spare."""
+    full = msgspec.structs.replace(BUSY, free_tokens=100, local_tokens=60_000, linear_s=0.03)
+    request = policy.Request(prompt_len=700)
+
+    def at(load, **changed):
+        fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=60_000, prefill_load=load)}
+        decode = msgspec.structs.replace(full, **changed)
+        return policy.decide_by_load(policy.LoadState(), request, "a", decode, fleet, policy.LoadSettings())[0]
+
+    assert at(0.9, computing=0) == policy.Decision(700, policy.Reason.OVERFLOW)
+    assert at(0.9, computing=1).split == 0, "prefill has something to do"
+    assert at(0.9).split == 0, "it may have"
+    assert at(1.1, computing=0).split == 0, "it does not keep up"
 
 
 def test_decide_full_decode_memory_of_which_less_is_read_overflows_sooner():

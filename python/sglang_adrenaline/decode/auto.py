@@ -150,6 +150,7 @@ class LoadDecider:
         rows = here.rows + len(waiting)
         halves = self._in_halves(rows)
         linear_s = self.cost.halves_linear_s(rows) if halves else self.cost.linear_s(rows)
+        computing = rows - (here.rows if here.running is None else here.running)
         prompts = self.admission.prompt_tokens
         local = prompts + here.answer_tokens
         view = policy.DecodeView(
@@ -157,6 +158,7 @@ class LoadDecider:
             free_tokens=max(free, 0),
             local_tokens=local,
             rows=rows,
+            computing=computing,
             attention_rate=self.cost.attention_rate,
             expected_tokens=self._outputs.expected_tokens(local, prompts, rows),
             duty=self._duty.share,
@@ -168,10 +170,9 @@ class LoadDecider:
             kept_tokens=growth.tokens,
         )
         prompt_len = request.prompt_len
-        not_computed = here.undecided + rows - (here.rows if here.running is None else here.running)
         output = self._outputs.mean or min(growth.own, answer_limit)
         bounds = self.cost.prefill_bounds(
-            not_computed,
+            here.undecided + computing,
             self._prompts.add(prompt_len).mean,
             output,
             pool_tokens=here.pool_tokens,

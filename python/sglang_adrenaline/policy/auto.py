@@ -33,8 +33,9 @@ would take longer with it than without,
     step(rows + 1) / (rows + 1) > step(rows) / rows
 
 C3, where executor and prefill share all SMs: the part of a step's time that the executor takes is missing to prefill,
-so it takes no more than keeps prefill's queue from growing, 1 - load / utilisation. Where prefill is what bounds a
-deployment nothing is offloaded, however the SMs are shared.
+so it takes no more than keeps prefill's queue from growing, 1 - load / utilisation. A request that finds no room here
+while prefill has no prompt of ours to compute and keeps up is not held to that: it would leave prefill idle. Where
+prefill is what bounds a deployment nothing is offloaded, however the SMs are shared.
 
 Whole prompts are preferred to split ones: a whole remote prompt needs no transfer, a local one no round trip.
 """
@@ -141,7 +142,10 @@ def decide_by_load(
         hidden = min(level, spare)
         if reused < 0.5:
             hidden *= 1.0 - settings.reuse_reserve * state.reuse
-        overflow = min(_overflow(state, decode, peer, settings), spare) if pressed else 0.0
+        overflow = 0.0
+        if pressed:
+            limit = math.inf if _starves(request, decode, peer, settings) else spare
+            overflow = min(_overflow(state, decode, peer, settings), limit)
         decision = _decide(request, hidden, overflow, decode, peer, settings)
         if decision.reason is Reason.CAP and peer.attended_tokens and _dilutes(state, request, decode, prefill):
             decision = Decision(0, Reason.WAIT)
@@ -244,6 +248,13 @@ def _spare(
     step_s = _fixed_s(state, decode.linear_s) + decode.duty * attention_s
     # By its view's rate: the measured one is lower where prefill took its part of the time.
     return part * step_s * told_rate - decode.duty * _read_after(request, peer, settings)
+
+
+def _starves(request: Request, decode: DecodeView, peer: PrefillView, settings: LoadSettings) -> bool:
+    """Whether prefill, which keeps up, has nothing to do until this request, which finds no room here, is admitted."""
+    needed = request.prompt_len - request.local_cached_tokens + decode.growth_tokens
+    keeps_up = peer.prefill_load < settings.prefill_utilisation and not peer.bounds
+    return decode.computing == 0 and keeps_up and needed > decode.free_tokens
 
 
 def _fixed_s(state: LoadState, linear_s: float) -> float:

@@ -33,6 +33,8 @@ class DecodeView(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of all admitted requests that are attended to here in a step: suffixes and local prompts."""
     rows: int
     """Admitted requests."""
+    computing: int | None = None
+    """Of them, those whose prompts are being computed, or are yet to be; None: not known."""
     attention_rate: float
     expected_tokens: int | None = None
     """`local_tokens` as they will be on the mean while a new request runs (local prompts and half an output for every

@@ -198,6 +198,7 @@ class Decode:
                 free_tokens=max(room.free, 0),
                 local_tokens=local,
                 rows=rows,
+                computing=rows - self.batch.rows,
                 attention_rate=self.cost.attention_rate,
                 expected_tokens=self.outputs.expected_tokens(local, self.local_prompts, rows),
                 duty=self.duty.share,
