@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -187,6 +188,37 @@ def test_silent_peer_is_noticed_before_the_deadline(spawn):
         with pytest.raises(PeerLostError, match="connection was closed"):
             decode.recv(0)
         assert time.monotonic() - start < wire.ASK_S + wire.SILENCE_S + 1.0
+
+
+def connected_process(conn, ports: list[int], token: str) -> None:
+    """Connects to all, says one word to each and waits to be killed."""
+    peers = [wire.connect(HOST, port, token, 1 << 10, "prefill") for port in ports]
+    for peer in peers:
+        peer.send(b"here")
+    conn.send("connected")
+    time.sleep(60)
+
+
+@pytest.mark.timeout(60)
+def test_word_sent_to_a_peer_that_goes_does_not_hold_close_up(spawn):
+    """ZMQ ends a broken connection by the linger its socket had when it was bound: infinite, unless set before."""
+    token = secrets.token_hex(16)
+    for _ in range(12):  # it takes a word sent in the instant in which ZMQ's thread ends the connection
+        wires = [wire.listen(HOST, ANY, token, 1 << 10, "decode") for _ in range(40)]
+        process, conn = spawn(connected_process, [port for _, port in wires], token)
+        assert receive(conn) == "connected"
+        for ours, _ in wires:
+            assert ours.receive(bytearray(16), 5) == len(b"here")
+        os.kill(process.pid, signal.SIGKILL)
+        for ours, _ in wires:
+            with pytest.raises(PeerLostError, match="connection was closed"):
+                while True:
+                    ours.receive(bytearray(16), 1)
+            with contextlib.suppress(PeerLostError):
+                ours.send(b"bye")
+            start = time.monotonic()
+            ours.close()
+            assert time.monotonic() - start < wire.LINGER_MS / 1000 + 1.0
 
 
 def test_ports_are_taken_from_the_range(executor):

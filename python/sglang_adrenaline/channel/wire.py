@@ -247,6 +247,7 @@ def connect(host: str, port: int, token: str, max_bytes: int, peer: str) -> Wire
 def _make_socket(max_bytes: int) -> tuple[zmq.Context, zmq.Socket]:
     context = zmq.Context(io_threads=1)
     sock = context.socket(zmq.PAIR)
+    sock.linger = LINGER_MS  # from the start: it goes for connections that end before the socket is closed, too
     sock.ipv6 = True
     sock.maxmsgsize = max_bytes + _ENCRYPTION_BYTES
     sock.sndhwm = sock.rcvhwm = MAX_QUEUE
