@@ -78,6 +78,9 @@ class Server:
     """What the log holds once it serves, if `ready_path` cannot tell."""
     cores: Sequence[int] = ()
     """Of this machine, which all its processes may use; none: all."""
+    own_ports: Sequence[str] = ()
+    """Flags that get a free port at each start. For what would else take one of the kernel's range for outgoing
+    connections, let go of it and listen there seconds later, when somebody's connection may have it."""
     process: subprocess.Popen[bytes] | None = None
     _log_begins: int = 0
     """Where in the log, which others may have written to before, its newest start begins."""
@@ -93,12 +96,15 @@ class Server:
 
     def start(self) -> None:
         assert self.process is None, f"{self.name} runs already"
+        command = [*self.command]
+        for flag in self.own_ports:
+            command += [flag, str(free_ports(1)[0])]
         with self.log.open("ab") as log:
             self._log_begins = log.tell()
-            log.write(f"\n$ {' '.join(self.command)}\n".encode())
+            log.write(f"\n$ {' '.join(command)}\n".encode())
             log.flush()
             self.process = subprocess.Popen(
-                self.command,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -357,7 +363,8 @@ def _server(
 ) -> Server:
     port = free_ports(1)[0]
     command = [sys.executable, "-m", module, "--model-path", str(model), "--host", host, "--port", str(port), *args]
-    return Server(name, command, port, logs / f"{name}.log", STRICT_ENV | env, host=host)
+    log = logs / f"{name}.log"
+    return Server(name, command, port, log, STRICT_ENV | env, host=host, own_ports=("--nccl-port",))
 
 
 def _stock_router(prefill: Server, bootstrap_port: int, decode: Server, logs: Path) -> Server:
