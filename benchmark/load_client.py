@@ -11,7 +11,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,7 +126,7 @@ class Load:
                 if reply.status != 200:
                     record.error = f"{reply.status}: {(await reply.text())[:300]}"
                     return record
-                await self._read(reply, record)
+                await read_answer(reply, record, self._now)
             if record.error is None:
                 got = record.events[-1][1] if record.events else 0
                 record.finished = got == tokens
@@ -135,17 +135,19 @@ class Load:
             record.error = f"{type(error).__name__}: {error}"
         return record
 
-    async def _read(self, reply: aiohttp.ClientResponse, record: Record) -> None:
-        rest = b""
-        async for chunk in reply.content.iter_any():
-            *events, rest = (rest + chunk).split(b"\n\n")
-            events = [event for event in events if event.startswith(b"data: ") and not event.endswith(b"[DONE]")]
-            if not events:
-                continue
-            found = _TOKENS.search(events[-1])
-            if found is None or b'"type":"abort"' in events[-1].replace(b" ", b""):
-                record.error = events[-1][:300].decode(errors="replace")
-                return
-            tokens = int(found[1])
-            if not record.events or tokens > record.events[-1][1]:
-                record.events.append((self._now(), tokens))
+
+async def read_answer(reply: aiohttp.ClientResponse, record: Record, now: Callable[[], float]) -> None:
+    """Reads a streamed answer to its end into `record`; `now`: seconds since the workload began."""
+    rest = b""
+    async for chunk in reply.content.iter_any():
+        *events, rest = (rest + chunk).split(b"\n\n")
+        events = [event for event in events if event.startswith(b"data: ") and not event.endswith(b"[DONE]")]
+        if not events:
+            continue
+        found = _TOKENS.search(events[-1])
+        if found is None or b'"type":"abort"' in events[-1].replace(b" ", b""):
+            record.error = events[-1][:300].decode(errors="replace")
+            return
+        tokens = int(found[1])
+        if not record.events or tokens > record.events[-1][1]:
+            record.events.append((now(), tokens))

@@ -13,7 +13,7 @@
 #   smoke                               a short comparison: does everything work
 #   compare7b compare8b rates7b idle7b ttft8k   the comparisons of docs/gpu-results.md
 #   ratios7b                            one start of ours, several offload ratios set by the client
-#   soak                                10 minutes of load (a call of its own)
+#   soak                                mixed load for SECONDS_EACH (500): leaks, drift (a call of its own)
 # Environment: SYSTEMS, RATIO, RATES, SERVER_ARGS, ADRENALINE_ARGS, CONCURRENCY, SECONDS_EACH, LIMIT (seconds for a step), TRACE_AT
 # (record kernels so many seconds into saturated workloads).
 set -uo pipefail
@@ -37,7 +37,7 @@ step() { # name seconds command...
   ((status > worst)) && worst=$status
   find "$work" -name '*.log' -size +8M -exec truncate -s 8M {} +
   tar czf "$OUT/logs.tar.gz" --exclude='*.safetensors' --exclude='tokenizer*' --exclude=key -C "$work" . 2>/dev/null
-  for file in "$work"/*/{compare.{json,png,txt},timeline-*.png}; do
+  for file in "$work"/*/{compare.{json,png,txt},soak.{json,png},timeline-*.png}; do
     [[ -f $file ]] && cp "$file" "$OUT/$(basename "$(dirname "$file")").${file##*/}"
   done
 }
@@ -110,8 +110,8 @@ for name in "$@"; do
       done
       compare ratios7b 580 "$seven" "${workloads[@]}" ;;
     soak)
-      systems=(adrenaline:$ratio)
-      compare soak 590 "$seven" "saturated in=512 out=512 concurrency=$open seconds=${SECONDS_EACH:-420} stream=8" ;;
+      lines=60 step soak 595 python3 benchmark/soak.py --out "$work/soak" --seconds "${SECONDS_EACH:-500}" \
+        "--adrenaline-args=${ADRENALINE_ARGS:-}" ;;
     *) echo "unknown step: $name" >&2; worst=2 ;;
   esac
 done

@@ -17,8 +17,8 @@ from background import Client
 from cases import LENGTHS
 from compare import check_equal, generate_all
 from conftest import Reference, watched
+from leftovers import leftovers, wait_for_nothing_left
 from servers import Group, wait_until
-from test_lifecycle import leftovers, wait_for_nothing_left
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
 

@@ -13,8 +13,8 @@ import requests
 import servers
 from background import Client, expect_answered, expect_lost, wait_until_offloading_works
 from compare import check_equal, generate_all, with_split
+from leftovers import wait_for_nothing_left
 from servers import Group, wait_until
-from test_lifecycle import wait_for_nothing_left
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
 

@@ -16,8 +16,8 @@ import servers
 from background import Client, expect_lost
 from compare import check_equal, generate_all, with_split
 from conftest import Reference, watched
+from leftovers import wait_for_nothing_left
 from servers import Group, wait_until
-from test_lifecycle import wait_for_nothing_left
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
 

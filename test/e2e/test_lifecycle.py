@@ -7,13 +7,14 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import aiohttp
 import pytest
 import requests
 from cases import prompt
 from compare import with_split
+from leftovers import wait_for_nothing_left
 from servers import Group, session_members, wait_until
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
@@ -24,27 +25,6 @@ IDLE_SHARE = 0.05
 """Of one core, all servers together, over a window."""
 IDLE_WITHIN_S = 30.0
 """After the last request has given everything back."""
-
-
-def leftovers(group: Group, names: Sequence[str] = ("prefill", "decode")) -> list[str]:
-    """Everything that is still held somewhere, in words; empty when all was given back."""
-    held = []
-    for name in names:
-        status = group.status(name)
-        tokens = status["tokens"]
-        held += [f"{name} runs {n} {kind}" for kind, n in status["running"].items() if n]
-        held += [f"{name} has {status['lanes_in_use']} lanes in use"] if status["lanes_in_use"] else []
-        held += [
-            f"{name} {kind} {tokens[kind]}" for kind in ("pinned", "reserved", "remote", "locked") if tokens.get(kind)
-        ]
-        held += [] if tokens["free"] == tokens["pool"] else [f"{name}: {tokens['free']} of {tokens['pool']} free"]
-    return held
-
-
-def wait_for_nothing_left(group: Group, timeout_s: float = 30, names: Sequence[str] = ("prefill", "decode")) -> None:
-    with contextlib.suppress(Exception):
-        wait_until(lambda: not leftovers(group, names), timeout_s, "everything given back")
-    assert leftovers(group, names) == []
 
 
 async def _send_and_leave(session: aiohttp.ClientSession, url: str, payload: dict, stay_s: float | None) -> int:

@@ -17,9 +17,9 @@ from background import Client, expect_answered, expect_lost, wait_until_offloadi
 from cases import LENGTHS
 from compare import check_equal, generate_all, with_split
 from conftest import watched
+from leftovers import wait_for_nothing_left
 from servers import Group, scheduler_pid, wait_until
 from test_deaths import RETRACT_ENV
-from test_lifecycle import wait_for_nothing_left
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
 

@@ -15,9 +15,9 @@ import pytest
 import servers
 from background import Client, wait_until_offloading_works
 from compare import check_equal, generate_all, with_split
+from leftovers import wait_for_nothing_left
 from netns import Host, NoNamespacesError, two_hosts
 from servers import Group, wait_until
-from test_lifecycle import wait_for_nothing_left
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
 

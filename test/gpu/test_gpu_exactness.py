@@ -13,8 +13,8 @@ import requests
 from compare import check_equal
 from gpu_cases import LENGTHS, batch_cases, length_cases, payload, prompt_len, shared_prefix_cases
 from gpu_fleet import Fleet, Totals
+from leftovers import wait_for_nothing_left
 from servers import wait_until
-from test_lifecycle import wait_for_nothing_left
 
 WHOLE = -1
 MAX_TIE_SHARE = 0.5

@@ -16,8 +16,8 @@ import pytest
 from background import Client, expect_answered, expect_lost, wait_until_offloading_works
 from cases import prompt
 from compare import with_split
+from leftovers import wait_for_nothing_left
 from servers import Group, wait_until
-from test_lifecycle import wait_for_nothing_left
 
 NUM_REQUESTS = 150
 DEATH_BOUND_S = 10.0

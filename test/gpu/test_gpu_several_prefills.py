@@ -17,10 +17,10 @@ from bf16_model import VARIANTS, build_bf16_model
 from gpu_cases import batch_cases, length_cases, prompt_len
 from gpu_fleet import Fleet, Totals, started
 from gpu_servers import Gpus
+from leftovers import wait_for_nothing_left
 from servers import Group, wait_until
 from test_gpu_exactness import WHOLE, check
 from test_gpu_lifecycle import DEATH_BOUND_S, _running, ask, until
-from test_lifecycle import wait_for_nothing_left
 
 PREFILL = ("prefill", "prefill-1")
 ALL = (*PREFILL, "decode")

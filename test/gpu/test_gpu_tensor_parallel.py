@@ -20,10 +20,10 @@ from bf16_model import VARIANTS, build_bf16_model
 from gpu_cases import batch_cases, length_cases, prompt_len
 from gpu_fleet import Fleet, Totals, started
 from gpu_servers import Gpus
+from leftovers import wait_for_nothing_left
 from servers import scheduler_pid
 from test_gpu_exactness import WHOLE, check
 from test_gpu_lifecycle import DEATH_BOUND_S, _mixed_load, _running, ask, until
-from test_lifecycle import wait_for_nothing_left
 
 TP = 2
 pytestmark = [pytest.mark.timeout(240, func_only=True)]
