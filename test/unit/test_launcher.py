@@ -139,6 +139,18 @@ def test_choose_bootstrap_port_passes_over_ports_whose_control_port_is_taken(lis
     assert chosen > listening - offset + 1
 
 
+def test_choose_inner_port_is_free_and_of_no_outgoing_connection(monkeypatch):
+    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    chosen = [ports.choose_inner_port(set()) for _ in range(20)]
+    assert len(set(chosen)) > 10 and all(port < first_outgoing and ports.is_free("127.0.0.1", port) for port in chosen)
+    monkeypatch.setattr(ports, "_first_outgoing", lambda: ports._LOWEST + 3)
+    monkeypatch.setattr(ports, "is_free", lambda host, port: True)
+    taken = {ports._LOWEST, ports._LOWEST + 2}
+    assert ports.choose_inner_port(taken) == ports._LOWEST + 1
+    with pytest.raises(ConfigError, match="no free port"):
+        ports.choose_inner_port({*taken, ports._LOWEST + 1})
+
+
 def test_threads_per_rank_share_the_cores():
     cores = len(os.sched_getaffinity(0))
     assert options.threads_per_rank(1) == cores

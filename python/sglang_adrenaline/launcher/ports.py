@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import errno
+import random
 import socket
 from collections.abc import Iterable
+from pathlib import Path
 
 from sglang_adrenaline.errors import ConfigError
+
+_OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST = 20_000
 
 
 def port_number(text: str) -> int:
@@ -62,3 +67,22 @@ def choose_bootstrap_port(host: str, first: int, offset: int, taken: set[int], r
         if not needed & taken and all(is_free(host, p) for p in needed):
             return port
     raise ConfigError(f"no free bootstrap and control ports from {first} on; give one with --bootstrap-port")
+
+
+def choose_inner_port(taken: set[int]) -> int:
+    """A free port, at random and not in `taken`, that the kernel gives to no outgoing connection in the seconds until
+    its server listens. Raises ConfigError if there is none."""
+    candidates = range(_LOWEST, _first_outgoing())
+    for port in random.SystemRandom().sample(candidates, k=min(500, len(candidates))):
+        if port not in taken and is_free("0.0.0.0", port):
+            return port
+    raise ConfigError(f"no free port found in {candidates.start}..{candidates.stop - 1}; give one with --nccl-port")
+
+
+def _first_outgoing() -> int:
+    """Where the kernel's range for outgoing connections begins; its default where that cannot be read or is too low."""
+    try:
+        first = int(_OUTGOING.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first = 0
+    return first if first >= _LOWEST + 1000 else 32_768

@@ -21,6 +21,7 @@ from sglang_adrenaline.launcher.guard import Guard
 from sglang_adrenaline.launcher.keeper import Keeper, Kept
 from sglang_adrenaline.launcher.model import check_model_path
 from sglang_adrenaline.launcher.options import Plan, ServerPlan, threads_per_rank
+from sglang_adrenaline.launcher.ports import choose_inner_port
 from sglang_adrenaline.launcher.processes import ERROR_PREFIX, Child, start_child, stop_all
 from sglang_adrenaline.launcher.stages import Progress, StartFailed
 from sglang_adrenaline.router.servers import make_server
@@ -90,6 +91,8 @@ class Deployment:
         self._children: dict[str, Child] = {}
         """By name, the newest process of each."""
         self._starts: dict[str, int] = {}
+        self._inner_ports: dict[str, int] = {}
+        """By name of the server, of its newest start."""
         self._guard = Guard()
         self._guard.tell("folder", str(private_dir))
         self._shared_memory: set[str] = set()
@@ -164,6 +167,10 @@ class Deployment:
         argv = ["-m", "sglang_adrenaline.launch_server", *server.argv, "--adrenaline-key-file", self._key_file]
         if self._model_path is not None:
             argv += ["--model-path", self._model_path]
+        if not any(text.partition("=")[0] == "--nccl-port" for text in argv):
+            # What SGLang would choose may be an outgoing connection's by the time it listens.
+            port = self._inner_ports[server.name] = choose_inner_port(self._taken_ports())
+            argv += ["--nccl-port", str(port)]
         threads = threads_per_rank(sum(each.ranks for each in self._plan.servers))
         defaults = {"OMP_NUM_THREADS": str(threads), HOST_SERVERS_ENV: str(len(self._plan.servers))}
         if self._client_host == self._plan.host:
@@ -171,6 +178,11 @@ class Deployment:
         env = {name: value for name, value in defaults.items() if name not in os.environ}
         child = self._start_child(server.name, argv, env)
         return stages.server_stages(child, self._client_host, server.port, health_timeout_s)
+
+    def _taken_ports(self) -> set[int]:
+        plan = self._plan
+        outer = {port for server in plan.servers for port in (server.port, server.bootstrap_port)}
+        return {plan.port, *outer, *self._inner_ports.values()}
 
     def _start_router(self) -> stages.Starting:
         argv = ["-m", "sglang_adrenaline.router", "--host", self._plan.host, "--port", str(self._plan.port)]
