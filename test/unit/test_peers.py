@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ class FakeLink:
     index: int
     channel: FakeChannel
     alive: bool = True
+    closed: bool = False
 
 
 @dataclass
@@ -33,6 +35,7 @@ class FakePeer:
     link: Any = None
     since: float = field(default_factory=time.monotonic)
     closed: bool = False
+    lost: deque = field(default_factory=deque)
 
     def close(self) -> None:
         self.closed = True
@@ -101,3 +104,17 @@ def test_dead_links_stay_while_requests_belong_to_them_and_their_figures_for_goo
     assert (peers.steps, peers.exposed_wait_s) == (10, 0.75)
     with pytest.raises(KeyError):
         peers.link(0)
+
+
+def test_a_link_that_is_lost_before_a_request_belongs_to_it_is_closed(peers, made):
+    peers.ask(("p", 1), none)
+    unused, used = FakeLink(0, FakeChannel(0, 0.0), alive=False), FakeLink(1, FakeChannel(2, 0.0), alive=False)
+    peers.use(used)
+    made["p", 1].lost.extend([unused, used])
+    peers.tidy(none, lambda: {1})
+    assert unused.channel.closed and not used.channel.closed and peers.links == [used]
+    peers.tidy(none, none)
+    assert used.channel.closed and peers.links == [] and peers.steps == 2
+    made["p", 1].lost.append(used)  # its session ends after a step has failed with it
+    peers.tidy(none, none)
+    assert peers.links == [] and peers.steps == 2 and not made["p", 1].lost

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,8 @@ class Link:
     lanes: int
     instance: str
     lost: str = ""
+    closed: bool = False
+    """Its channel was given back; scheduler thread."""
 
     @property
     def alive(self) -> bool:
@@ -73,6 +76,8 @@ class Peer:
     ) -> None:
         self.address = address
         self.link: Link | None = None
+        self.lost: deque[Link] = deque()
+        """Links that ended, until the scheduler thread, which may still be using one, takes them to close them."""
         self.refused = ""
         self.since = time.monotonic()
         """When it was asked first or lost last; seconds, monotonic."""
@@ -126,6 +131,7 @@ class Peer:
         if link is not None:
             logger.warning("attention offloading to %s is down: %s", self.name, reason)
             link.close(reason)
+            self.lost.append(link)
             self._restarted.lost(self.address, link.instance)
             self._on_lost(link, reason)
 

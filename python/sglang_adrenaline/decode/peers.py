@@ -53,7 +53,7 @@ class Peers:
     # ---- links ------------------------------------------------------------------------------------------------------
 
     def use(self, link: Link) -> None:
-        """A request belongs to this link from now on."""
+        """A request may belong to this link from now on, until `tidy` finds it dead and that none does."""
         self._links[link.index] = link
 
     def link(self, index: int) -> Link:
@@ -69,6 +69,11 @@ class Peers:
 
     def tidy(self, in_use: Callable[[], Collection[Address]], links_in_use: Callable[[], Collection[int]]) -> None:
         """Forget instances that left, and dead links to which no request belongs."""
+        for peer in self._peers.values():
+            while peer.lost:
+                link = peer.lost.popleft()
+                if not link.closed:  # nor did a request ever belong to it, perhaps
+                    self.use(link)
         now = time.monotonic()
         absent = [a for a, peer in self._peers.items() if peer.link is None and now - peer.since > FORGET_S]
         if absent:
@@ -85,6 +90,7 @@ class Peers:
         self._wait_gone_s += link.channel.exposed_wait_s
         self._steps_gone += link.channel.steps
         link.channel.close()
+        link.closed = True
         del self._links[link.index]
 
     # ---- reports ----------------------------------------------------------------------------------------------------
