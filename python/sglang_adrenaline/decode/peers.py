@@ -72,7 +72,7 @@ class Peers:
         for peer in self._peers.values():
             while peer.lost:
                 link = peer.lost.popleft()
-                if not link.closed:  # nor did a request ever belong to it, perhaps
+                if not link.closed:  # as it is if a step failed with it earlier
                     self.use(link)
         now = time.monotonic()
         absent = [a for a, peer in self._peers.items() if peer.link is None and now - peer.since > FORGET_S]
