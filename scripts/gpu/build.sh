@@ -12,7 +12,8 @@ python=${1:?usage: build.sh PYTHON KIT}; kit=${2:?usage: build.sh PYTHON KIT}
 mkdir -p .carry/kernels .carry/more .carry-nixl
 cp "$kit/site.tar.xz" .carry/
 "$python" -m sglang_adrenaline.kernels --arch 90a --out .carry/kernels
-"$python" scripts/gpu/compile_kernels.py "$kit/more"
+built="$kit/cache/flashinfer/built" # of the same sources
+"$python" scripts/gpu/compile_kernels.py "$kit/more" "$built"
 for part in aot tvm-ffi; do rm -rf ".carry/more/$part"; cp -r "$kit/more/$part" ".carry/more/$part"; done
 # What the archive has already need not travel twice.
 tar tJf .carry/site.tar.xz | sed -n 's#^\./flashinfer/data/aot/\([^/]*\)/.*\.so$#\1#p' |

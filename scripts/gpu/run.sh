@@ -6,7 +6,8 @@
 # Every step has a time-out and a log of its own, prints the end of it, and does not stop the others; the exit status is
 # that of the worst. Logs go to $OUT/logs.tar.gz after each step, results (JSON, PNG, table) to $OUT. Steps:
 #   kernels channel transfer executor   test/kernel, by part
-#   profile                             attention bandwidth over SM shares
+#   profile                             python -m sglang_adrenaline.profile of both shapes
+#   shares                              attention and products alone, side by side, and a copy, over SM shares
 #   stalls                              launches beside another thread's copies
 #   gqa mha exactness returns           test/gpu: one model variant, both, and the restart of killed servers
 #   tp                                  test/gpu with two ranks a server, on two GPUs
@@ -76,7 +77,14 @@ for name in "$@"; do
     links) lines=40 step links 180 "${kernel_tests[@]}" test/kernel/test_several_links.py ;;
     transfer) lines=40 step transfer 180 "${kernel_tests[@]}" test/kernel/test_cuda_ipc_transfer.py ;;
     executor) lines=60 step executor 240 "${kernel_tests[@]}" test/kernel/test_gpu_executor.py ;;
-    profile) lines=60 step profile 240 python3 benchmark/gpu_executor.py ;;
+    shares) lines=60 step shares 240 python3 benchmark/gpu_executor.py ;;
+    profile)
+      for model in "$seven" "$eight"; do
+        out="$OUT/profile-$(basename "$model").json"
+        lines=60 step "profile-$(basename "$model")" 150 python3 -m sglang_adrenaline.profile \
+          --model-path "$model" --out "$out" --device cuda --slo-tpot-ms 25
+      done
+      step profile-test 120 "${kernel_tests[@]}" test/kernel/test_gpu_profile.py ;;
     stalls) step stalls 60 python3 benchmark/launch_stalls.py ;;
     tp) lines=60 step tp 580 "${tests[@]}" --basetemp "$work/tp-tmp" test/gpu/test_gpu_tensor_parallel.py ;;
     several) lines=60 step several 580 "${tests[@]}" --basetemp "$work/several-tmp" test/gpu/test_gpu_several_prefills.py ;;

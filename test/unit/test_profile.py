@@ -5,7 +5,9 @@ import json
 import pytest
 
 from sglang_adrenaline import profile
+from sglang_adrenaline.errors import ConfigError
 from sglang_adrenaline.profile_data import load_profile
+from sglang_adrenaline.profiling.gpu import medians_of_overlap
 from sglang_adrenaline.simulate.__main__ import main as simulate
 
 TINY = {
@@ -61,3 +63,11 @@ def test_profile_bad_option_gets_one_line_and_writes_nothing(tmp_path, model, ca
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_side_by_side_counts_only_what_ran_while_both_did():
+    executor = [(0.0, 1.0), (1.0, 2.0), (2.0, 4.0), (4.0, 6.0), (6.0, 6.5)]  # faster where prefill is not there
+    prefill = [(1.5, 3.0), (3.0, 4.5), (4.5, 6.1)]
+    assert medians_of_overlap(executor, prefill) == pytest.approx((2.0, 1.5))
+    with pytest.raises(ConfigError, match="side by side"):
+        medians_of_overlap([(0.0, 1.0), (1.0, 2.0)], [(3.0, 4.0), (4.0, 5.0)])

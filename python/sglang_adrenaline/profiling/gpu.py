@@ -1,4 +1,4 @@
-"""Times the work of a model on this GPU: matrices, FlashInfer's decode attention, both on parts of the SMs.
+"""Times the work of a model on this GPU: matrices, FlashInfer's attention, and executor and prefill side by side.
 
 Every measurement is a CUDA graph that is replayed, timed by events: what a decode step costs inside SGLang's graphs.
 The round trip between two GPUs is `benchmark/gpu_channel.py`'s business; data sheet figures stand in for it here.
@@ -6,7 +6,10 @@ The round trip between two GPUs is `benchmark/gpu_channel.py`'s business; data s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,8 +19,19 @@ from sglang_adrenaline.profile_data import ShareFigures, TripPoint, datasheet_pr
 
 MOST_BYTES = 24 << 30
 REPLAYS = 10
+SIDE_S = 0.15
+"""How long executor and prefill are kept busy side by side."""
 WORKSPACE_BYTES = 256 << 20
 PREFILL_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Work:
+    """A captured graph, the stream it is replayed on, and how long a replay takes with the GPU to itself."""
+
+    graph: torch.cuda.CUDAGraph
+    stream: torch.cuda.Stream
+    alone_s: float
 
 
 class GpuMachine:
@@ -40,8 +54,9 @@ class GpuMachine:
         sheet = datasheet_profile(known_device(self.device), model)
         self._trips, self.overhead_layer_s = sheet.round_trip, sheet.overhead_layer_s
         self.transfer_bytes_s = DEVICES[known_device(self.device)].peer_bytes_s * 0.85
+        self._most_bytes = min(MOST_BYTES, properties.total_memory // 4)
         layer_bytes = model.layer_parameters * model.weight_bytes_each
-        self._layers = max(min(model.num_layers, MOST_BYTES // layer_bytes), 1)
+        self._layers = max(min(model.num_layers, self._most_bytes // layer_bytes), 1)
         self._weights = [[self._random(*shape) for shape in model.matrices] for _ in range(self._layers)]
         self._head = self._random(model.vocab_size, model.hidden_size)
         self._widths = {model.hidden_size} | {columns for _, columns in model.matrices}
@@ -50,83 +65,49 @@ class GpuMachine:
             "round trip, transfer and step_fixed_s are data sheet figures",
         ]
 
-    def _random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=self._device, dtype=self._dtype)
+    def linear_s(self, rows: int) -> float:
+        last = self._random(min(rows, 256), self._model.hidden_size)
+        head_s = self._work(lambda: torch.nn.functional.linear(last, self._head)).alone_s
+        return self._work(self._products(rows)).alone_s * self._model.num_layers / self._layers + head_s
 
-    def linear_s(self, rows: int, stream: torch.cuda.Stream | None = None) -> float:
-        inputs = {width: self._random(rows, width) for width in self._widths}
-
-        def layers() -> None:
-            for matrices in self._weights:
-                for matrix in matrices:
-                    torch.nn.functional.linear(inputs[matrix.shape[1]], matrix)
-
-        last = inputs[self._model.hidden_size][: min(rows, 256)]
-        head_s = self._graph_s(lambda: torch.nn.functional.linear(last, self._head), stream)
-        return self._graph_s(layers, stream) * self._model.num_layers / self._layers + head_s
-
-    def attention_s(self, rows: int, context: int, stream: torch.cuda.Stream | None = None) -> float:
-        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
-
-        model = self._model
-        slots = rows * context
-        layer_bytes = 2 * slots * model.num_kv_heads * model.head_dim * model.kv_bytes_each
-        layers = max(min(model.num_layers, MOST_BYTES // layer_bytes), 1)
-        pools = [tuple(self._random(slots, 1, model.num_kv_heads, model.head_dim) for _ in "kv") for _ in range(layers)]
-        indptr = torch.arange(rows + 1, dtype=torch.int32) * context
-        last_page = torch.ones(rows, dtype=torch.int32)
-        wrapper = BatchDecodeWithPagedKVCacheWrapper(
-            torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self._device),
-            "NHD",
-            use_cuda_graph=True,
-            use_tensor_cores=model.num_qo_heads // model.num_kv_heads >= 4,
-            paged_kv_indptr_buffer=torch.zeros(rows + 1, dtype=torch.int32, device=self._device),
-            paged_kv_indices_buffer=torch.zeros(slots, dtype=torch.int32, device=self._device),
-            paged_kv_last_page_len_buffer=torch.ones(rows, dtype=torch.int32, device=self._device),
-        )
-        wrapper.plan(
-            indptr,
-            torch.arange(slots, dtype=torch.int32, device=self._device),
-            last_page,
-            model.num_qo_heads,
-            model.num_kv_heads,
-            model.head_dim,
-            1,
-            q_data_type=self._dtype,
-            kv_data_type=self._dtype,
-        )
-        q = self._random(rows, model.num_qo_heads, model.head_dim)
-
-        def step() -> None:
-            for pool in pools:
-                wrapper.run(q, pool, return_lse=True)
-
-        return self._graph_s(step, stream) * model.num_layers / layers
+    def attention_s(self, rows: int, context: int) -> float:
+        attend, layers = self._attention(rows, context)
+        return self._work(attend).alone_s * self._model.num_layers / layers
 
     def prefill_attention_s(self, tokens: int) -> float:
-        from flashinfer import single_prefill_with_kv_cache
+        from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
 
         model = self._model
+        wrapper = BatchPrefillWithRaggedKVCacheWrapper(self._workspace(), "NHD")
+        indptr = torch.tensor([0, tokens], dtype=torch.int32, device=self._device)
+        heads = (model.num_qo_heads, model.num_kv_heads, model.head_dim)
+        wrapper.plan(indptr, indptr, *heads, causal=True, q_data_type=self._dtype, kv_data_type=self._dtype)
         q = self._random(tokens, model.num_qo_heads, model.head_dim)
         k, v = (self._random(tokens, model.num_kv_heads, model.head_dim) for _ in "kv")
-        return self._graph_s(lambda: single_prefill_with_kv_cache(q, k, v, causal=True)) * model.num_layers
+        return self._work(lambda: wrapper.run(q, k, v)).alone_s * model.num_layers
 
     def shares(self) -> list[ShareFigures]:
-        """Each part of the SMs by itself: executor on it, prefill on the others. They share memory bandwidth."""
+        """For each part of the SMs the executor on it and prefill's products on the others, both busy all the time:
+        they share the GPU's memory and power, so each is slower than alone on these SMs."""
         from sglang_adrenaline.prefill.sm_partition import SmPartition
 
-        model, whole_s = self._model, self.linear_s(PREFILL_ROWS)
+        context = 512
+        attend, layers = self._attention(self.attention_rows, context)
+        products = self._products(PREFILL_ROWS)
+        whole_s = self._work(products).alone_s
+        read_bytes = self.attention_rows * context * self._model.kv_token_bytes * layers / self._model.num_layers
         points = []
         for count in self._sm_counts:
             if not 0 < count < self._sms:
                 continue
             partition = SmPartition(self._index, count)
-            attention_s = self.attention_s(self.attention_rows, 512, partition.take_executor_stream())
-            prefill_s = self.linear_s(PREFILL_ROWS, partition.prefill_stream())
+            executor = self._work(attend, partition.take_executor_stream())
+            prefill = self._work(products, partition.prefill_stream())
+            attention_s, prefill_s = side_by_side_s(executor, prefill)
             points.append(
                 ShareFigures(
                     share=partition.executor_sms / self._sms,
-                    attention_bytes_s=self.attention_rows * 512 * model.kv_token_bytes / attention_s,
+                    attention_bytes_s=read_bytes / attention_s,
                     prefill_factor=min(whole_s / prefill_s, 1.0),
                 )
             )
@@ -138,8 +119,64 @@ class GpuMachine:
     def round_trip(self) -> list[TripPoint]:
         return self._trips
 
-    def _graph_s(self, run: Callable[[], object], stream: torch.cuda.Stream | None = None) -> float:
-        """Mean time of a replay of `run`, captured on `stream` (its SMs)."""
+    # ---- work --------------------------------------------------------------------------------------------------------
+
+    def _products(self, rows: int) -> Callable[[], None]:
+        """Every matrix of the layers held, once."""
+        inputs = {width: self._random(rows, width) for width in self._widths}
+
+        def run() -> None:
+            for matrices in self._weights:
+                for matrix in matrices:
+                    torch.nn.functional.linear(inputs[matrix.shape[1]], matrix)
+
+        return run
+
+    def _attention(self, rows: int, context: int) -> tuple[Callable[[], None], int]:
+        """Decode attention, planned, and how many layers of it: each over a pool of its own, so that no cache helps."""
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+        model = self._model
+        slots = rows * context
+        layer_bytes = 2 * slots * model.num_kv_heads * model.head_dim * model.kv_bytes_each
+        layers = max(min(model.num_layers, self._most_bytes // layer_bytes), 1)
+        pools = [tuple(self._random(slots, 1, model.num_kv_heads, model.head_dim) for _ in "kv") for _ in range(layers)]
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace(),
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=model.num_qo_heads // model.num_kv_heads >= 4,
+            paged_kv_indptr_buffer=torch.zeros(rows + 1, dtype=torch.int32, device=self._device),
+            paged_kv_indices_buffer=torch.zeros(slots, dtype=torch.int32, device=self._device),
+            paged_kv_last_page_len_buffer=torch.ones(rows, dtype=torch.int32, device=self._device),
+        )
+        wrapper.plan(
+            torch.arange(rows + 1, dtype=torch.int32) * context,
+            torch.arange(slots, dtype=torch.int32, device=self._device),
+            torch.ones(rows, dtype=torch.int32),
+            model.num_qo_heads,
+            model.num_kv_heads,
+            model.head_dim,
+            1,
+            q_data_type=self._dtype,
+            kv_data_type=self._dtype,
+        )
+        q = self._random(rows, model.num_qo_heads, model.head_dim)
+
+        def run() -> None:
+            for pool in pools:
+                wrapper.run(q, pool, return_lse=True)
+
+        return run, layers
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=self._device, dtype=self._dtype)
+
+    def _workspace(self) -> torch.Tensor:
+        return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
+
+    def _work(self, run: Callable[[], object], stream: torch.cuda.Stream | None = None) -> Work:
+        """`run` captured on `stream` (its SMs; None: all) and timed: the mean of REPLAYS."""
         stream = stream or torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -155,4 +192,42 @@ class GpuMachine:
                 graph.replay()
             end.record(stream)
             end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / REPLAYS
+        return Work(graph, stream, begin.elapsed_time(end) / 1e3 / REPLAYS)
+
+
+def side_by_side_s(one: Work, other: Work) -> tuple[float, float]:
+    """Medians of a replay of each while both are busy all the time."""
+    origin = torch.cuda.Event(enable_timing=True)
+    origin.record()
+    origin.synchronize()
+    works = (one, other)
+    events: tuple[list[list[torch.cuda.Event]], ...] = ([], [])
+    counts = [math.ceil(SIDE_S / work.alone_s) + 2 for work in works]
+    launched = [0, 0]
+    while any(done < count for done, count in zip(launched, counts, strict=True)):
+        # Whose queue is shorter goes first, so that neither runs dry while the other one's is filled.
+        side = min((0, 1), key=lambda n: launched[n] / counts[n])
+        work = works[side]
+        with torch.cuda.stream(work.stream):
+            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            pair[0].record(work.stream)
+            work.graph.replay()
+            pair[1].record(work.stream)
+        events[side].append(pair)
+        launched[side] += 1
+    torch.cuda.synchronize()
+    spans = [[(origin.elapsed_time(a) / 1e3, origin.elapsed_time(b) / 1e3) for a, b in side] for side in events]
+    return medians_of_overlap(spans[0], spans[1])
+
+
+Spans = Sequence[tuple[float, float]]
+"""(begin, end) of replays that follow each other, seconds."""
+
+
+def medians_of_overlap(one: Spans, other: Spans) -> tuple[float, float]:
+    """Median length of those replays of each that lie within what both cover. Raises ConfigError if there are none."""
+    begin, end = max(one[0][0], other[0][0]), min(one[-1][1], other[-1][1])
+    inside = [[b - a for a, b in spans if a >= begin and b <= end] for spans in (one, other)]
+    if not all(inside):
+        raise ConfigError("executor and prefill did not run side by side: is something else running on this GPU?")
+    return statistics.median(inside[0]), statistics.median(inside[1])
