@@ -4,7 +4,7 @@
 #   scripts/gpu/run.sh STEP...
 #
 # Every step has a time-out and a log of its own, prints the end of it, and does not stop the others; the exit status is
-# that of the worst. Logs go to $OUT/logs.tar.gz after each step, results (JSON, PNG, table) to $OUT. Steps:
+# that of the worst. Logs go to $OUT/logs-FIRST-STEP.tar.gz after each step, results (JSON, PNG, table) to $OUT. Steps:
 #   kernels channel transfer executor   test/kernel, by part
 #   profile                             python -m sglang_adrenaline.profile of both shapes
 #   shares                              attention and products alone, side by side, and a copy, over SM shares
@@ -19,6 +19,7 @@
 # (record kernels so many seconds into saturated workloads).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
+first=${1:?usage: run.sh STEP...; the steps stand in its first lines}
 OUT=${OUT:-/tmp/gpu-out}
 work=$(mktemp -d /tmp/gpu-run.XXXXXX)
 mkdir -p "$OUT"
@@ -35,9 +36,11 @@ step() { # name seconds command...
   status=$?
   echo "== $name: exit $status after $((SECONDS - begin)) s"
   tail -n "${lines:-25}" "$work/$name.log" | cut -c 1-400
+  # A failed test is followed by its servers' logs: what it asserted stands far above the end.
+  ((status)) && grep -m 12 -E '^(E  |[^ ]*Error)' "$work/$name.log" | cut -c 1-400
   ((status > worst)) && worst=$status
   find "$work" -name '*.log' -size +8M -exec truncate -s 8M {} +
-  tar czf "$OUT/logs.tar.gz" --exclude='*.safetensors' --exclude='tokenizer*' --exclude=key -C "$work" . 2>/dev/null
+  tar czf "$OUT/logs-$first.tar.gz" --exclude='*.safetensors' --exclude='tokenizer*' --exclude=key -C "$work" . 2>/dev/null
   for file in "$work"/*/{compare.{json,png,txt},soak.{json,png},timeline-*.png}; do
     [[ -f $file ]] && cp "$file" "$OUT/$(basename "$(dirname "$file")").${file##*/}"
   done
