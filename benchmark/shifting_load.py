@@ -36,7 +36,7 @@ MODEL = Path(__file__).parent / "models" / "cpu-mha"
 AUTO = "auto"
 PREFILL_POOL = 60_000
 IDLE_S = 20.0
-LEARNT = ("duty", "local_rate", "executor_rates", "round_trip_extra_ms", "step_extra_ms")
+LEARNT = ("duty", "local_rate", "executor_rates", "executor_work_rates", "round_trip_extra_ms", "step_extra_ms")
 COUNTERS = ("offloaded_total", "local_total", "failed_total", "exposed_wait_ms_total", "steps")
 
 

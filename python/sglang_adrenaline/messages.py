@@ -179,6 +179,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """Of the device's SMs, set apart for the executor; 0: executor and prefill use all."""
     busy_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0
     """Seconds that this decode rank's executor has computed so far, waits for queries left out; 0: not measured."""
+    worked_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0
+    """What it has taken of the device so far, on a clock that stands while prefill has it; 0: not measured."""
     read_tokens: Count = 0
     """Prefix tokens that it has attended to in that time, each step's once."""
 

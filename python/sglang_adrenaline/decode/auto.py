@@ -237,6 +237,7 @@ class LoadDecider:
             "duty": round(self._duty.share, 3),
             "local_rate": round(state.local_pace.rate, 3),
             "executor_rates": {name: round(state.rate_of(name), 3) for name in {**state.rates, **state.paces}},
+            "executor_work_rates": {name: round(pace.rate, 3) for name, pace in state.work_paces.items()},
             "round_trip_extra_ms": {name: round(1e3 * trip_s, 3) for name, trip_s in state.trips.items()},
             "step_extra_ms": round(1e3 * state.extra_s, 3),
         }

@@ -139,6 +139,7 @@ def _totals(link: Link) -> LinkTotals:
         channel.exposed_wait_s,
         channel.local_span_s,
         stats.busy_s if stats is not None else 0.0,
+        stats.worked_s if stats is not None else 0.0,
         stats.read_tokens if stats is not None else 0,
     )
 

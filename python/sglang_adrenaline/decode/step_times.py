@@ -22,8 +22,17 @@ class LinkTotals:
     exposed_wait_s: float
     local_span_s: float = 0.0
     busy_s: float = 0.0
-    """Of the executor, with what it read in that time, by its newest report; 0: not measured."""
+    """Of the executor, with what it worked and read in that time, by its newest report; 0: not measured."""
+    worked_s: float = 0.0
     read_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds a token that an executor read, and those in which it had the device; 0: not measured."""
+
+    busy_s: float = 0.0
+    worked_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,8 @@ class StepTimes:
         self._step_s = 0.0
         self._predicted: list[Predicted] = []
         self._before: dict[int, LinkTotals] = {}
-        self._reached: dict[int, float] = {}
-        """Tokens a second that a link's executor read by the newest report that told."""
+        self._reached: dict[int, Speed] = {}
+        """Of each link's executor, by the newest report that told."""
 
     def add(self, step_s: float) -> bool:
         """A step took `step_s` from its launch to the next one's. Whether a prediction for it is wanted."""
@@ -72,7 +81,7 @@ class StepTimes:
             return []
         now = {link.index: link for link in links}
         rose = [_rise(link, self._before.get(index)) for index, link in now.items()]
-        self._reached = {link.index: reached for link in rose if (reached := self._speed(link))}
+        self._reached = {link.index: reached for link in rose if (reached := self._speed(link)) is not None}
         rose = [link for link in rose if link.steps > 0]
         # Each waits for those before it: the shortest span has no wait in it.
         span_s = min((link.local_span_s / link.steps for link in rose), default=0.0)
@@ -81,10 +90,10 @@ class StepTimes:
         self._steps, self._step_s, self._predicted = 0, 0.0, []
         return seen
 
-    def _speed(self, rose: LinkTotals) -> float:
+    def _speed(self, rose: LinkTotals) -> Speed | None:
         if rose.read_tokens > 0 and rose.busy_s > 0.0:
-            return rose.read_tokens / rose.busy_s
-        return self._reached.get(rose.index, 0.0)
+            return Speed(rose.busy_s / rose.read_tokens, rose.worked_s / rose.read_tokens)
+        return self._reached.get(rose.index)
 
     def _observed(self, rose: LinkTotals, span_s: float) -> policy.Observation | None:
         """None where no prediction was asked for while the link had a part in steps."""
@@ -92,7 +101,8 @@ class StepTimes:
         if not took_part:
             return None
         parts = [step.remote[rose.peer] for step in took_part]
-        reached = self._reached.get(rose.index)
+        reached = self._reached.get(rose.index, Speed())
+        tokens = fmean(part.tokens for part in parts)
         return policy.Observation(
             peer=rose.peer,
             steps=rose.steps,
@@ -105,7 +115,8 @@ class StepTimes:
             round_trip_s=fmean(part.round_trip_s for part in parts),
             local_span_s=span_s,
             answer_s=(rose.local_span_s + rose.exposed_wait_s) / rose.steps if rose.local_span_s else 0.0,
-            executor_s=fmean(part.tokens for part in parts) / reached if reached else 0.0,
+            executor_s=tokens * reached.busy_s,
+            worked_s=tokens * reached.worked_s,
         )
 
 
@@ -120,5 +131,6 @@ def _rise(now: LinkTotals, before: LinkTotals | None) -> LinkTotals:
         max(now.exposed_wait_s - before.exposed_wait_s, 0.0),
         max(now.local_span_s - before.local_span_s, 0.0),
         now.busy_s - before.busy_s,
+        now.worked_s - before.worked_s,
         now.read_tokens - before.read_tokens,
     )

@@ -32,10 +32,10 @@ would take longer with it than without,
 
     step(rows + 1) / (rows + 1) > step(rows) / rows
 
-C3, where executor and prefill share all SMs: the part of a step's time that the executor takes is missing to prefill,
-so it takes no more than keeps prefill's queue from growing, 1 - load / utilisation. A request that finds no room here
-while prefill has no prompt of ours to compute and keeps up is not held to that: it would leave prefill idle. Where
-prefill is what bounds a deployment nothing is offloaded, however the SMs are shared.
+C3, where executor and prefill share all SMs: the part of a step's time in which the executor has the device is missing
+to prefill, so it takes no more than keeps prefill's queue from growing, 1 - load / utilisation. A request that finds no
+room here while prefill has no prompt of ours to compute and keeps up is not held to that: it would leave prefill idle.
+Where prefill is what bounds a deployment nothing is offloaded, however the SMs are shared.
 
 Whole prompts are preferred to split ones: a whole remote prompt needs no transfer, a local one no round trip.
 """
@@ -90,6 +90,8 @@ class LoadState(msgspec.Struct, frozen=True):
     """Attention here."""
     paces: Mapping[str, Pace] = {}
     """Per prefill instance whose executor reports how fast it is."""
+    work_paces: Mapping[str, Pace] = {}
+    """The same, of the time in which the executor had the device: what it takes from prefill where they share it."""
     trips: Mapping[str, float] = {}
     """Per prefill instance: seconds a step that round trips take beyond what its view says; negative: less."""
     rates: Mapping[str, float] = {}
@@ -103,6 +105,10 @@ class LoadState(msgspec.Struct, frozen=True):
         """A prefill instance's executor's rate as share of what its view says."""
         pace = self.paces.get(name)
         return pace.rate if pace is not None else self.rates.get(name, 1.0)
+
+    def work_rate_of(self, name: str) -> float:
+        """The rate at which its executor reads while it has the device, likewise; 1 where that is not measured."""
+        return self.work_paces.get(name, Pace()).rate
 
     def trip_s(self, name: str, told_s: float) -> float:
         """Its round trips a step; `told_s`: by its view."""
@@ -126,7 +132,7 @@ def decide_by_load(
     if request.wish is not None:
         return Decision(wished_split(length, request.wish, page), Reason.WISH), state
     reused = max(request.shared_tokens, request.cached_tokens) / length if length else 0.0
-    told_rate = prefill[target].attention_rate if target in prefill else 0.0
+    work_rate = prefill[target].attention_rate * state.work_rate_of(target) if target in prefill else 0.0
     decode, prefill = _as_measured(state, decode, prefill)
     pressed = _pressed(state.pressed, request, decode, settings)
     reuse = state.reuse + settings.reuse_weight * (reused - state.reuse)
@@ -137,7 +143,7 @@ def decide_by_load(
     elif length < settings.min_tokens:
         decision = Decision(0, Reason.SHORT)
     else:
-        spare = _spare(state, request, decode, peer, told_rate, settings)
+        spare = _spare(state, request, decode, peer, work_rate, settings)
         level = _hidden(request, target, decode, prefill, settings)
         hidden = min(level, spare)
         if reused < 0.5:
@@ -235,7 +241,7 @@ def _spare(
     request: Request,
     decode: DecodeView,
     peer: PrefillView,
-    told_rate: float,
+    work_rate: float,
     settings: LoadSettings,
 ) -> float:
     """Tokens of this prompt that the executor can read in the time that prefill leaves it."""
@@ -246,8 +252,8 @@ def _spare(
     part = max(1.0 - peer.prefill_load / settings.prefill_utilisation, 0.0)
     attention_s = max(decode.local_tokens / decode.attention_rate, peer.attended_tokens / peer.attention_rate)
     step_s = _fixed_s(state, decode.linear_s) + decode.duty * attention_s
-    # By its view's rate: the measured one is lower where prefill took its part of the time.
-    return part * step_s * told_rate - decode.duty * _read_after(request, peer, settings)
+    # By the time that it has the device: it reads slower than that where prefill takes its part of the time.
+    return part * step_s * work_rate - decode.duty * _read_after(request, peer, settings)
 
 
 def _starves(request: Request, decode: DecodeView, peer: PrefillView, settings: LoadSettings) -> bool:

@@ -53,6 +53,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """Measured: attention here and waits, as this instance's link saw them; 0: not measured."""
     executor_s: float = 0.0
     """Measured: this instance's attention; 0: not measured."""
+    worked_s: float = 0.0
+    """Measured: the part of it in which the executor had the device; 0: not measured."""
     life_steps: float = 0.0
     """Steps that a request takes part in, on the mean; 0: not known."""
 
@@ -74,8 +76,14 @@ def observe(state: LoadState, seen: Observation, settings: LoadSettings) -> Load
     if seen.executor_s <= 0.0:
         return state if seen.peer in state.paces else _guessed_rate(state, seen, settings)
     pace = state.paces.get(seen.peer, Pace()).add(seen.remote_s, seen.executor_s, keep)
+    work_pace = state.work_paces.get(seen.peer, Pace()).add(seen.remote_s, seen.worked_s, keep)
     trips = {**state.trips, seen.peer: _learnt_trip(state.trips.get(seen.peer, 0.0), seen)}
-    return msgspec.structs.replace(state, paces={**state.paces, seen.peer: pace}, trips=trips)
+    return msgspec.structs.replace(
+        state,
+        paces={**state.paces, seen.peer: pace},
+        work_paces={**state.work_paces, seen.peer: work_pace},
+        trips=trips,
+    )
 
 
 def _learnt_trip(beyond_s: float, seen: Observation) -> float:

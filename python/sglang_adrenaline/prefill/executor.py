@@ -67,6 +67,10 @@ class AttentionExecutor(Protocol):
         """Time from the arrival of queries to their answers, over all layers so far; 0.0 where it is not measured."""
 
     @property
+    def worked_s(self) -> float:
+        """What it has taken of the device, on a clock that stands while others have it; 0.0 where there is none."""
+
+    @property
     def read_tokens(self) -> int:
         """Prefix tokens that were attended to in that time, each step's once, not once a layer."""
 
@@ -88,7 +92,7 @@ class ThreadExecutor:
         self._plan_lanes: tuple[int, ...] | None = None
         self._plan: RaggedPlan | None = None
         self._plans = 0
-        self._waited_s = self._busy_s = 0.0
+        self._waited_s = self._busy_s = self._worked_s = 0.0
         self._read_tokens = 0
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"attention-executor-{name}", daemon=True)
@@ -129,6 +133,10 @@ class ThreadExecutor:
         return self._busy_s
 
     @property
+    def worked_s(self) -> float:
+        return self._worked_s
+
+    @property
     def read_tokens(self) -> int:
         return self._read_tokens
 
@@ -154,6 +162,7 @@ class ThreadExecutor:
                             self._waited_s += called - begun
                         read = self._answer(call)
                         self._busy_s += time.monotonic() - called
+                        self._worked_s = time.thread_time()
                         if call.layer == len(self._layers) - 1:
                             self._read_tokens += read
         except ChannelError as error:

@@ -307,6 +307,11 @@ class GpuExecutor:
         return self._end.busy_s
 
     @property
+    def worked_s(self) -> float:
+        """See `AttentionExecutor`: a GPU has no such clock."""
+        return 0.0
+
+    @property
     def read_tokens(self) -> int:
         """See `AttentionExecutor`: of the steps that were launched."""
         return self._read_tokens

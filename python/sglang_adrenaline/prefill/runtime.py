@@ -355,6 +355,7 @@ class PrefillRuntime:
             prefill_load=self._load.load,
             executor_share=self.executor_share,
             busy_s=session.executor.busy_s,
+            worked_s=session.executor.worked_s,
             read_tokens=session.executor.read_tokens,
         )
 
