@@ -39,7 +39,8 @@ def check(fleet: Fleet, cases: dict, asked: list[tuple[str, int | None]], *, con
         ties = fleet.check(cases, asked, concurrency=concurrency)
     assert totals.failed == 0
     if all(split is not None for _, split in asked):
-        assert totals.offloaded == sum(split != 0 for _, split in asked)
+        declined = fleet.ours.status("decode")["nacks"]
+        assert totals.offloaded == sum(split != 0 for _, split in asked), f"declined since the start: {declined}"
     if len(asked) > 1:  # one answer may well meet a tie
         assert_compared(len(ties), len(asked))
     return len(ties)

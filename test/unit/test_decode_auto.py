@@ -296,14 +296,16 @@ def observed(times: StepTimes, parts: dict[str, RemotePart], totals: list[LinkTo
 
 def test_step_times_tell_what_was_measured_here_and_there():
     times, parts = StepTimes(), {"a": RemotePart(8_000, 0.008, 0.001)}
-    (first,) = observed(times, parts, [LinkTotals(3, "a", 10, 0.02, 0.1, busy_s=0.5, read_tokens=100_000)])
+    (first,) = observed(times, parts, [LinkTotals(3, "a", 10, 0.02, 0.1, 0.5, worked_s=0.25, read_tokens=100_000)])
+    assert first.worked_s == pytest.approx(8_000 / 400_000)
     assert (first.local_span_s, first.answer_s, first.executor_s) == pytest.approx((0.01, 0.012, 8_000 / 200_000))
     # No report since: what the last one said still holds.
-    (second,) = observed(times, parts, [LinkTotals(3, "a", 20, 0.02, 0.3, busy_s=0.5, read_tokens=100_000)])
+    (second,) = observed(times, parts, [LinkTotals(3, "a", 20, 0.02, 0.3, 0.5, worked_s=0.25, read_tokens=100_000)])
+    assert second.worked_s == first.worked_s
     assert (second.local_span_s, second.answer_s, second.executor_s) == pytest.approx((0.02, 0.02, 8_000 / 200_000))
     # The next session of the same instance begins anew.
     (third,) = observed(times, parts, [LinkTotals(4, "a", 10, 0.0, 0.0)])
-    assert (third.local_span_s, third.answer_s, third.executor_s) == (0.0, 0.0, 0.0)
+    assert (third.local_span_s, third.answer_s, third.executor_s, third.worked_s) == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_step_times_of_two_links_take_the_span_without_a_wait_for_local_attention():

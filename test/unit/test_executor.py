@@ -48,7 +48,7 @@ def test_lane_without_prefix_is_empty_and_one_with_slots_is_not(parts):
 
 def test_reads_are_counted_with_the_time_that_they_took(parts):
     executor, decode, _ = parts
-    assert (executor.busy_s, executor.read_tokens) == (0.0, 0)
+    assert (executor.busy_s, executor.worked_s, executor.read_tokens) == (0.0, 0.0, 0)
     executor.attach(2, torch.tensor([3, 5, 6]))
     begun = time.monotonic()
     for _ in range(4):
@@ -56,6 +56,7 @@ def test_reads_are_counted_with_the_time_that_they_took(parts):
     took_s = time.monotonic() - begun
     executor.stop("counted")  # the last answer is there a little before it is counted
     assert executor.read_tokens == 12 and 0.0 < executor.busy_s < took_s + 0.1
+    assert 0.0 < executor.worked_s < took_s + 0.1
 
 
 def test_channel_that_ends_is_a_failure_told_once(parts):

@@ -151,6 +151,24 @@ def test_choose_inner_port_is_free_and_of_no_outgoing_connection(monkeypatch):
         ports.choose_inner_port({*taken, ports._LOWEST + 1})
 
 
+@pytest.mark.parametrize(
+    ("argv", "shared"),
+    [
+        (["--prefill-args", "--base-gpu-id 1"], False),
+        (["--prefill-args", "--base-gpu-id 1", "--decode-args", "--base-gpu-id 1"], True),
+        (["--tp-size", "2", "--prefill-args", "--base-gpu-id 2", "--decode-args", "--base-gpu-id 0"], False),
+        (["--tp-size", "2", "--prefill-args", "--base-gpu-id 1", "--decode-args", "--base-gpu-id 0"], True),
+    ],
+)
+def test_parse_knows_whether_prefill_and_decode_share_a_gpu(monkeypatch, argv, shared):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert options.parse([*PORTS, *argv]).gpus_are_shared is shared
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert options.parse(PORTS).gpus_are_shared
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not options.parse(PORTS).gpus_are_shared
+
+
 def test_threads_per_rank_share_the_cores():
     cores = len(os.sched_getaffinity(0))
     assert options.threads_per_rank(1) == cores

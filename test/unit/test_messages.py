@@ -74,6 +74,7 @@ FROM_PREFILL = [
         lanes=8,
         lanes_in_use=2,
         busy_s=1.5,
+        worked_s=0.5,
         read_tokens=7,
     ),
     messages.Heartbeat(),

@@ -61,6 +61,7 @@ states = st.builds(
     reuse=st.floats(0, 1),
     local_pace=paces,
     paces=st.dictionaries(st.sampled_from("abcd"), paces),
+    work_paces=st.dictionaries(st.sampled_from("abcd"), paces),
     trips=st.dictionaries(st.sampled_from("abcd"), st.floats(-2e-3, 5e-3)),
     rates=st.dictionaries(st.sampled_from("abcd"), st.floats(0.25, 2)),
     extra_s=st.floats(-0.01, 0.05),
@@ -303,6 +304,26 @@ def test_decide_prompt_longer_than_decode_memory_stays_remote_as_far_as_needed()
 def test_decide_busier_prefill_never_offloads_more(state, request, decode, fleet, rules, more):
     busier = msgspec.structs.replace(fleet["a"], prefill_load=fleet["a"].prefill_load + more)
     assert split(state, request, decode, fleet | {"a": busier}, rules) <= split(state, request, decode, fleet, rules)
+
+
+@given(states, requests, decodes, fleets, settings, st.floats(1, 8))
+def test_decide_executor_that_takes_more_of_the_device_never_gets_more(state, request, decode, fleet, rules, times):
+    pace = state.work_paces.get("a", Pace(0.01, 0.01))
+    slower = Pace(pace.predicted_s, pace.took_s * times)
+    more = msgspec.structs.replace(state, work_paces={**state.work_paces, "a": slower})
+    assert split(more, request, decode, fleet, rules) <= split(state, request, decode, fleet, rules)
+
+
+def test_decide_executor_is_charged_for_the_time_in_which_it_had_the_device():
+    """Prefill leaves it half of the time. It takes long for want of the device, or because it needs it for long."""
+    request, rules = policy.Request(prompt_len=900), policy.LoadSettings()
+    fleet = {"a": msgspec.structs.replace(IDLE["a"], prefill_load=0.5, attended_tokens=25_000)}
+    half = {"a": Pace(0.01, 0.02)}
+    waits = policy.LoadState(paces=half)
+    works = policy.LoadState(paces=half, work_paces=half)
+    assert split(waits, request, BUSY, fleet, rules) == 900
+    decision, _ = policy.decide_by_load(works, request, "a", BUSY, fleet, rules)
+    assert decision == policy.Decision(0, policy.Reason.PREFILL)
 
 
 def test_decide_prefill_with_all_its_time_needed_is_left_alone():

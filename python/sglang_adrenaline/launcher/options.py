@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sglang_adrenaline import config
@@ -118,6 +119,13 @@ class ServerPlan:
     def ranks(self) -> int:
         return _tensor_parallel(list(self.argv))
 
+    @property
+    def gpus(self) -> range:
+        """By number, where there are any."""
+        text = _value_of(list(self.argv), "--base-gpu-id") or "0"
+        first = int(text) if text.isdigit() else 0
+        return range(first, first + self.ranks)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -135,6 +143,8 @@ class Plan:
     """Of one server in a row."""
     api_key: str | None
     servers: tuple[ServerPlan, ...]
+    gpus_are_shared: bool = False
+    """A prefill and a decode server have a GPU between them."""
 
     def of_role(self, role: config.Role) -> tuple[ServerPlan, ...]:
         return tuple(s for s in self.servers if s.role == role)
@@ -177,6 +187,7 @@ def parse(argv: list[str]) -> Plan:
         max_restarts=args.max_restarts,
         api_key=_value_of(passed, "--api-key"),
         servers=servers,
+        gpus_are_shared=gpus.visible_gpus() > 0 and _overlap(servers),
     )
 
 
@@ -208,6 +219,12 @@ def _servers(args: argparse.Namespace, passed: list[str]) -> tuple[ServerPlan, .
         argv += [*gpus.without_given(placement, [*passed, *extra]), *common, *extra]
         servers.append(ServerPlan(role, index, first_port + index, bootstrap_port, tuple(argv)))
     return tuple(servers)
+
+
+def _overlap(servers: Sequence[ServerPlan]) -> bool:
+    """Whether a prefill and a decode server use the same GPU."""
+    used = {role: {gpu for s in servers if s.role == role for gpu in s.gpus} for role in ("prefill", "decode")}
+    return not used["prefill"].isdisjoint(used["decode"])
 
 
 def _bootstrap_ports(args: argparse.Namespace, ranks: int) -> list[int]:

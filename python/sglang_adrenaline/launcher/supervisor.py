@@ -114,6 +114,10 @@ class Deployment:
     def _start(self) -> bool:
         """True once warm; False if a stop was asked for. Raises StartFailed."""
         deadline = time.monotonic() + self._plan.startup_timeout
+        if self._plan.gpus_are_shared:
+            self._progress(
+                "GPUs", "prefill and decode share one and take turns on it: offloaded layers take milliseconds"
+            )
         servers = [self._start_server(server) for server in self._plan.servers]
         if not stages.wait_for(servers, self._progress, deadline, self._looked_after):
             return False
