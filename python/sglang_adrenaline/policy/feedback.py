@@ -3,7 +3,8 @@
 Decode measures what attention here takes beside the executors', which report what they read in how long: both rates
 are known after one window of steps, and only noise has to be smoothed (`pace.py`). What passes between a layer's
 queries and its answers beyond the executor's own time is the round trip: about that where decode waits longer than it
-attends, at most that elsewhere, since it waits for the slow ones of many answers and the rest are hidden.
+attends, at most that elsewhere, since it waits for the slow ones of many answers and the rest are hidden. So a shorter
+one is believed at once, and a longer one the more, the more of the time was waited.
 
 An executor that does not report is known by waits alone (`_guessed_rate`): its part of the step took what local
 attention took, and the wait on top. Where nothing was waited for, that is only a lower bound, and the rate is tried
@@ -92,8 +93,10 @@ def _learnt_trip(beyond_s: float, seen: Observation) -> float:
         return beyond_s
     took_s = seen.answer_s + seen.under_s
     told_s = max(took_s - seen.executor_s, 0.0) - seen.round_trip_s
-    shown = 2 * seen.exposed_wait_s > took_s
-    return beyond_s + TRIP_WEIGHT * (told_s - beyond_s) if shown or told_s < beyond_s else beyond_s
+    weight = TRIP_WEIGHT
+    if told_s > beyond_s:
+        weight *= min(2 * seen.exposed_wait_s / took_s, 1.0)
+    return beyond_s + weight * (told_s - beyond_s)
 
 
 def _guessed_rate(state: LoadState, seen: Observation, settings: LoadSettings) -> LoadState:
