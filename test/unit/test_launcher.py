@@ -154,7 +154,8 @@ def test_choose_inner_port_is_free_and_of_no_outgoing_connection(monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "shared"),
     [
-        (["--prefill-args", "--base-gpu-id 1"], False),
+        ([], False),
+        (["--prefill-args", "--base-gpu-id 1"], True),
         (["--prefill-args", "--base-gpu-id 1", "--decode-args", "--base-gpu-id 1"], True),
         (["--tp-size", "2", "--prefill-args", "--base-gpu-id 2", "--decode-args", "--base-gpu-id 0"], False),
         (["--tp-size", "2", "--prefill-args", "--base-gpu-id 1", "--decode-args", "--base-gpu-id 0"], True),
