@@ -1,6 +1,7 @@
 """Attention executor over SM shares: what it reads from the KV pool, and what it costs prefill on the same GPU.
 
-    python benchmark/gpu_executor.py [--sms 8 16 24 32 48 64 96 132] [--kv-heads 32] [--json FILE] [--png FILE]
+    python benchmark/gpu_executor.py [--sms 8 16 24 32 48 64 96 132] [--kv-heads 32] [--kernel ours|flashinfer]
+        [--shared TOKENS] [--json FILE] [--png FILE]
 
 Attention of 128 lanes x 512 tokens, 32 query heads x 128, bf16, over 8 layers in one CUDA graph, as the executor
 captures them but without a channel. For each number of SMs set apart by green contexts (the GPU's own number: no split,
@@ -13,7 +14,8 @@ the executor's stream has priority):
     slow-down     gemm beside against gemm alone on the whole GPU
     attn. beside  GB/s of the attention meanwhile
 
-Medians of --repeats runs.
+--shared: all lanes have so many of their tokens in common; GB/s then are of what lanes attend to, which may be more
+than is read. --kernel flashinfer: FlashInfer's decode attention instead of `attend_kernel`. Medians of --repeats runs.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ import pathlib
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from sglang_adrenaline.channel.cuda_graph import CudaGraph
 from sglang_adrenaline.prefill.executor import LayerKV
 from sglang_adrenaline.prefill.lane_attention import LaneAttention
+from sglang_adrenaline.prefill.shared_runs import SharedRuns
 from sglang_adrenaline.prefill.sm_partition import SmPartition
 
 LANES, TOKENS, LAYERS, QO_HEADS, HEAD_DIM = 128, 512, 8, 32, 128
@@ -52,21 +56,19 @@ class Row:
 class Work:
     """Buffers and kernels, made once. Methods enqueue on the current stream."""
 
-    def __init__(self, kv_heads: int) -> None:
+    def __init__(self, kv_heads: int, kernel: str, shared: int) -> None:
         size = (LANES * TOKENS + 1, kv_heads, HEAD_DIM)
         cuda = {"dtype": torch.bfloat16, "device": torch.device("cuda", 0)}
-        layers = [
+        self.layers = [
             LayerKV(torch.randn(size, **cuda), torch.randn(size, **cuda), HEAD_DIM**-0.5, 0.0) for _ in range(LAYERS)
         ]
-        self.attention = LaneAttention(
-            layers, lanes=LANES, num_qo_heads=QO_HEADS, dtype=torch.bfloat16, capacity=LANES * TOKENS
-        )
         self.q = torch.randn(LANES, QO_HEADS, HEAD_DIM, **cuda)
         self.o = torch.zeros_like(self.q)
         self.lse = torch.zeros(LANES, QO_HEADS, dtype=torch.float32, device="cuda")
-        slots = torch.randperm(LANES * TOKENS, dtype=torch.int32, device="cuda") + 1
-        self.bucket = self.attention.bucket(range(LANES))
-        self.attention.plan({lane: slots[lane * TOKENS : (lane + 1) * TOKENS] for lane in range(LANES)}, self.bucket)
+        slots = (torch.randperm(LANES * TOKENS, dtype=torch.int32) + 1).view(LANES, TOKENS)
+        slots[:, :shared] = slots[0, :shared]
+        self.slots = slots.cuda()
+        self.kernel = kernel
         self.read_bytes = LAYERS * LANES * TOKENS * kv_heads * HEAD_DIM * 2 * 2
         self.source = torch.zeros(COPY_BYTES // 2, **cuda)
         self.target = torch.zeros_like(self.source)
@@ -75,12 +77,28 @@ class Work:
         self.y = [torch.empty(GEMM_TOKENS, columns, **cuda) for _, columns in GEMM_SIZES]
         self.gemms()
         self.copy()
-        self.attend()
         torch.cuda.synchronize()
 
+    def plan(self, sms: int) -> None:
+        """For a stream with so many SMs, which is current."""
+        if self.kernel == "flashinfer":
+            self.wrapper = flashinfer_wrapper(self.slots, self.layers[0].k.shape[1])
+            return
+        self.attention = LaneAttention(
+            self.layers, lanes=LANES, num_qo_heads=QO_HEADS, dtype=torch.bfloat16, capacity=LANES * TOKENS, sms=sms
+        )
+        shared = SharedRuns()
+        for lane, slots in enumerate(self.slots.cpu().numpy()):
+            shared.add(lane, slots)
+        self.attention.plan(shared.runs(range(LANES)), dict(enumerate(self.slots)))
+
     def attend(self) -> None:
-        for layer in range(LAYERS):
-            self.attention.run(self.bucket, layer, self.q, self.o, self.lse)
+        for layer, kv in enumerate(self.layers):
+            if self.kernel == "flashinfer":
+                pages = (kv.k.unsqueeze(1), kv.v.unsqueeze(1))
+                self.wrapper.run(self.q, pages, out=self.o, lse=self.lse, return_lse=True)
+            else:
+                self.attention.run(layer, self.q, self.o, self.lse)
 
     def copy(self) -> None:
         torch.mul(self.source, 2.0, out=self.target)
@@ -88,6 +106,29 @@ class Work:
     def gemms(self) -> None:
         for x, w, y in zip(self.x, self.w, self.y, strict=True):
             torch.mm(x, w, out=y)
+
+
+def flashinfer_wrapper(slots: torch.Tensor, kv_heads: int) -> Any:
+    """FlashInfer's decode attention over slots [lanes, tokens], planned."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    lanes, tokens = slots.shape
+    int32 = {"dtype": torch.int32, "device": "cuda"}
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        torch.zeros(256 << 20, dtype=torch.uint8, device="cuda"),
+        "NHD",
+        use_cuda_graph=True,
+        use_tensor_cores=QO_HEADS // kv_heads >= 4,  # as SGLang decides
+        paged_kv_indptr_buffer=torch.zeros(lanes + 1, **int32),
+        paged_kv_indices_buffer=torch.zeros(slots.numel(), **int32),
+        paged_kv_last_page_len_buffer=torch.ones(lanes, **int32),
+    )
+    dtype = torch.bfloat16
+    indptr = torch.arange(lanes + 1, dtype=torch.int32) * tokens
+    ones = torch.ones(lanes, dtype=torch.int32)
+    heads = (QO_HEADS, kv_heads, HEAD_DIM)
+    wrapper.plan(indptr, slots.flatten(), ones, *heads, 1, q_data_type=dtype, kv_data_type=dtype)
+    return wrapper
 
 
 def median_ms(work: Callable[[], None], stream: torch.cuda.Stream, repeats: int) -> float:
@@ -153,6 +194,7 @@ def measure(work: Work, sms: int, repeats: int) -> Row:
         own, rest = partition.executor_sms, partition.prefill_sms
     graph = CudaGraph(executor)
     with torch.cuda.stream(executor):
+        work.plan(own)
         work.attend()
         with graph.capture():
             work.attend()
@@ -199,6 +241,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sms", type=int, nargs="+", default=[8, 16, 24, 32, 48, 64, 96])
     parser.add_argument("--kv-heads", type=int, default=32)
+    parser.add_argument("--kernel", choices=["ours", "flashinfer"], default="ours")
+    parser.add_argument("--shared", type=int, default=0, metavar="TOKENS", help=f"at most {TOKENS}")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--png", type=pathlib.Path)
@@ -206,8 +250,11 @@ def main() -> None:
     torch.cuda.set_device(0)
     total = torch.cuda.get_device_properties(0).multi_processor_count
     counts = [sms for sms in sorted(set(args.sms)) if sms < total] + [total]  # the last row is the whole GPU
-    work = Work(args.kv_heads)
-    print(f"{torch.cuda.get_device_name(0)}, {total} SMs, torch {torch.__version__}, {args.kv_heads} KV heads")
+    work = Work(args.kv_heads, args.kernel, args.shared)
+    print(
+        f"{torch.cuda.get_device_name(0)}, {total} SMs, torch {torch.__version__}, {args.kv_heads} KV heads, "
+        f"kernel: {args.kernel}, {args.shared} of {TOKENS} tokens shared"
+    )
     print(f"{'SMs':>8}{'attention':>12}{'copy':>8}{'share':>8}{'gemm alone':>12}{'beside':>9}{'attn. beside':>14}")
     rows = []
     for sms in counts:

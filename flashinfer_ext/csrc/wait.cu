@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <sstream>
 
+#include "adrenaline/attend.cuh"
 #include "checks.h"
 
 namespace adrenaline {
@@ -64,7 +65,7 @@ tvm::ffi::String layout() {
   ADRENALINE_FIELD(HostStatus, waits);
   ADRENALINE_FIELD(HostStatus, work_ns);
 #undef ADRENALINE_FIELD
-  text << "lane_bits:" << kLaneBits << ' ';
+  text << "lane_bits:" << kLaneBits << " attend_columns:" << kAttendColumns << ' ';
   return tvm::ffi::String(text.str());
 }
 

@@ -1,4 +1,4 @@
-"""CUDA kernels of the `ipc` channel: finds or compiles `flashinfer_ext/`, and calls it through checked wrappers.
+"""CUDA kernels of the `ipc` channel and its executor: finds or compiles `flashinfer_ext/`, calls it through checked wrappers.
 
 The library is taken from the folder named by SGLANG_ADRENALINE_KERNELS if that is set, else compiled at first use
 for the GPU at hand (nvcc and ninja needed, about half a minute, then cached). On a machine without a GPU
@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 KERNELS_ENV = "SGLANG_ADRENALINE_KERNELS"
 LIBRARY = "sglang_adrenaline_kernels.so"
 HEAD_DIMS = (64, 128, 256)
+ATTEND_COLUMNS = 16
+"""Most query heads that a piece of `attend` has, all its lanes together: kAttendColumns."""
 
 _ARCH_ENV = "TVM_FFI_CUDA_ARCH_LIST"
-_SOURCES = ("put.cu", "wait.cu", "merge.cu")
+_SOURCES = ("put.cu", "wait.cu", "merge.cu", "attend.cu")
 
 
 def put_queries(endpoints: Tensor, q: Tensor, rows: Tensor, places: Tensor, layer: int) -> None:
@@ -92,6 +94,41 @@ def wait_and_merge_(endpoints: Tensor, o: Tensor, lse: Tensor, rows: Tensor, pla
     module().wait_and_merge(endpoints, o, lse, rows, places, layer)
 
 
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    slots: Tensor,
+    plan: Tensor,
+    partial_o: Tensor,
+    partial_lse: Tensor,
+    tickets: Tensor,
+    sm_scale: float,
+    sms: int,
+) -> None:
+    """Attention of one query a lane over slots of the KV pool, as planned; what lanes share is read once.
+
+    q, o         [lanes, num_qo_heads, head_dim]   fp16/bf16, contiguous, head_dim 64, 128 or 256
+    k, v         [num_slots, kv_heads, head_dim]   q's dtype; heads of a slot dense, slots at any stride
+    lse          [lanes, num_qo_heads]             float32, base 2
+    slots, plan  [n]                               int32: those of `lane_plan.make_plan`'s runs, and its words
+    partial_o    [rows, num_qo_heads, head_dim]    float32; partial_lse [rows, num_qo_heads] likewise
+    tickets      [2]                               int32, zero, and zero again when the kernel ends
+    sms          SMs to work on: as many blocks as fit there; they fit others, too
+
+    Lanes of no piece keep o and lse. At most ATTEND_COLUMNS query heads for each KV head. What the plan says is not checked. Raises ValueError on
+    shape, dtype, device or alignment. Source: csrc/attend.cu; reference: attention.ragged.attend.
+    """
+    module().attend(q, k, v, o, lse, slots, plan, partial_o, partial_lse, tickets, sm_scale, sms)
+
+
+def attend_warps(head_dim: int) -> int:
+    """Warps of `attend` that an SM holds at a time."""
+    return int(module().attend_warps(head_dim))
+
+
 def warm_up(endpoints: Tensor) -> None:
     """Run every kernel once on unbound endpoints, where they do nothing.
 
@@ -130,7 +167,7 @@ def module() -> Any:
         path = compile_library()
     loaded = tvm_ffi.load_module(str(path))
     found = loaded.layout()
-    if found != ipc_words.layout():
+    if found != f"{ipc_words.layout()}attend_columns:{ATTEND_COLUMNS} ":
         raise ChannelError(f"{path} is of another version of sglang_adrenaline; compile it again")
     return loaded
 

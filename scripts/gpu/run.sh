@@ -7,7 +7,8 @@
 # that of the worst. Logs go to $OUT/logs-FIRST-STEP.tar.gz after each step, results (JSON, PNG, table) to $OUT. Steps:
 #   kernels channel transfer executor   test/kernel, by part
 #   profile                             python -m sglang_adrenaline.profile of both shapes
-#   shares                              attention and products alone, side by side, and a copy, over SM shares
+#   attend                              test/kernel/test_lane_attention.py: the attention kernel
+#   shares                              attention and products alone, side by side, and a copy, over SM shares (SMS)
 #   stalls                              launches beside another thread's copies
 #   gqa mha exactness returns           test/gpu: one model variant, both, and the restart of killed servers
 #   tp                                  test/gpu with two ranks a server, on two GPUs
@@ -80,7 +81,14 @@ for name in "$@"; do
     links) lines=40 step links 180 "${kernel_tests[@]}" test/kernel/test_several_links.py ;;
     transfer) lines=40 step transfer 180 "${kernel_tests[@]}" test/kernel/test_cuda_ipc_transfer.py ;;
     executor) lines=60 step executor 240 "${kernel_tests[@]}" test/kernel/test_gpu_executor.py ;;
-    shares) lines=60 step shares 240 python3 benchmark/gpu_executor.py ;;
+    attend) lines=40 step attend 180 "${kernel_tests[@]}" test/kernel/test_lane_attention.py ;;
+    shares)
+      for heads in 32 8; do
+        for kernel in ours flashinfer; do
+          step "shares-$heads-$kernel" 120 python3 benchmark/gpu_executor.py --kv-heads "$heads" --kernel "$kernel" --sms ${SMS:-16 32 64}
+        done
+        step "shares-$heads-shared" 120 python3 benchmark/gpu_executor.py --kv-heads "$heads" --shared 384 --sms ${SMS:-16 32 64}
+      done ;;
     profile)
       for model in "$seven" "$eight"; do
         out="$OUT/profile-$(basename "$model").json"

@@ -74,11 +74,16 @@ class Fleet:
         """Ask ours `(name, split)` pairs, compare with both stock answers; the ties that bfloat16 excuses."""
         stock = self.stock(payloads, concurrency=concurrency)
         answers = self._ask(self.ours, [with_split(payloads[name], split) for name, split in asked], concurrency)
-        ties = []
+        ties, differences = [], []
         for (name, split), ours in zip(asked, answers, strict=True):
             for which, theirs in zip(("single", "PD"), stock[name], strict=True):
-                tie = check_equal(ours, theirs, dtype="bfloat16", label=f"{name}, split {split}, stock {which}")
-                ties += [tie] if tie is not None else []
+                try:
+                    tie = check_equal(ours, theirs, dtype="bfloat16", label=f"{name}, split {split}, stock {which}")
+                except AssertionError as error:
+                    differences.append(str(error))
+                else:
+                    ties += [tie] if tie is not None else []
+        assert not differences, "\n".join(differences)
         print(f"{len(asked)} requests, {len(ties)} ties of {2 * len(asked)} comparisons")
         return ties
 

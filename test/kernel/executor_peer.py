@@ -85,7 +85,8 @@ class Prefill:
         return {"spec": msgspec.json.encode(end.spec).decode()}
 
     def attach(self, lane: int, slots: list[int]) -> dict:
-        self.executor.attach(lane, torch.tensor(slots, device=torch.device("cuda", self.device)))
+        on_host = torch.tensor(slots)
+        self.executor.attach(lane, on_host.to(torch.device("cuda", self.device)), on_host.numpy())
         return {}
 
     def detach(self, lane: int) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,7 +41,7 @@ def ask(decode) -> torch.Tensor:
 def test_lane_without_prefix_is_empty_and_one_with_slots_is_not(parts):
     executor, decode, _ = parts
     assert torch.equal(ask(decode), torch.full((1, 2), -torch.inf))
-    executor.attach(2, torch.tensor([3, 5]))
+    executor.attach(2, torch.tensor([3, 5]), np.array([3, 5]))
     assert ask(decode).isfinite().all()
     executor.detach(2)
     assert torch.equal(ask(decode), torch.full((1, 2), -torch.inf))
@@ -49,7 +50,7 @@ def test_lane_without_prefix_is_empty_and_one_with_slots_is_not(parts):
 def test_reads_are_counted_with_the_time_that_they_took(parts):
     executor, decode, _ = parts
     assert (executor.busy_s, executor.worked_s, executor.read_tokens) == (0.0, 0.0, 0)
-    executor.attach(2, torch.tensor([3, 5, 6]))
+    executor.attach(2, torch.tensor([3, 5, 6]), np.array([3, 5, 6]))
     begun = time.monotonic()
     for _ in range(4):
         ask(decode)

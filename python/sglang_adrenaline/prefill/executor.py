@@ -19,6 +19,7 @@ import torch
 from sglang_adrenaline.attention.ragged import RaggedPlan, attend
 from sglang_adrenaline.channel.base import Call, ExecutorEnd
 from sglang_adrenaline.errors import ChannelError
+from sglang_adrenaline.prefill.shared_runs import Slots
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class LayerKV:
 
 
 class AttentionExecutor(Protocol):
-    def attach(self, lane: int, slots: torch.Tensor) -> None:
-        """From now on `lane` attends over `slots` (int64 [remote_prefix_len])."""
+    def attach(self, lane: int, slots: torch.Tensor, on_host: Slots) -> None:
+        """From now on `lane` attends over `slots` (int64 [remote_prefix_len]); `on_host` is a copy that stays."""
 
     def detach(self, lane: int) -> None:
         """Forget the lane; when this returns its slots are not read any more."""
@@ -98,7 +99,7 @@ class ThreadExecutor:
         self._thread = threading.Thread(target=self._run, name=f"attention-executor-{name}", daemon=True)
         self._thread.start()
 
-    def attach(self, lane: int, slots: torch.Tensor) -> None:
+    def attach(self, lane: int, slots: torch.Tensor, on_host: Slots) -> None:
         with self._lock:
             self._slots[lane] = slots
             self._plan_lanes = None

@@ -29,6 +29,7 @@ from sglang_adrenaline.channel.ipc_end import DTYPES
 from sglang_adrenaline.errors import ChannelError
 from sglang_adrenaline.prefill.executor import POLL_S, LayerKV
 from sglang_adrenaline.prefill.lane_attention import LaneAttention, check_pool
+from sglang_adrenaline.prefill.shared_runs import Run, SharedRuns, Slots
 
 if TYPE_CHECKING:
     from sglang_adrenaline.channel.ipc import IpcExecutorEnd
@@ -51,22 +52,34 @@ class Planned(NamedTuple):
     bucket: int
 
 
+def lane_buckets(lanes: int) -> tuple[int, ...]:
+    """Of how many lanes, from the first, answers are sent: 8, 16, 32, then multiples of 64; the last is `lanes`."""
+    sizes = [size for size in (8, 16, 32, *range(64, lanes, 64)) if size < lanes]
+    return (*sizes, lanes)
+
+
+def bucket_of(buckets: Sequence[int], highest_lane: int) -> int:
+    """The smallest bucket with that lane; -1 = no lane."""
+    return next(bucket for bucket in buckets if bucket > highest_lane)
+
+
 class StepGraphs:
     """Attention for the lanes of one channel, and per bucket a graph of a whole step. The executor's thread only."""
 
     def __init__(
-        self, end: IpcExecutorEnd, layers: Sequence[LayerKV], stream: torch.cuda.Stream, capacity: int
+        self, end: IpcExecutorEnd, layers: Sequence[LayerKV], stream: torch.cuda.Stream, capacity: int, sms: int
     ) -> None:
-        """`stream` need not be current. Waits until the device is ready to replay. Raises ChannelError."""
+        """`stream`, with so many SMs, need not be current. Waits until the device can replay. Raises ChannelError."""
         shape, dtype = end.shape, DTYPES[end.shape.dtype]
         q = end.q
         assert q is not None
         self._calls = StepCalls(len(layers), shape.num_layers)
+        self._buckets = lane_buckets(shape.lanes)
         self.capacity = capacity
         with torch.cuda.stream(torch.cuda.default_stream(q.device)):  # whose cached memory others can use after us
             self._attention = [
                 LaneAttention(
-                    layers, lanes=shape.lanes, num_qo_heads=shape.num_qo_heads, dtype=dtype, capacity=capacity
+                    layers, lanes=shape.lanes, num_qo_heads=shape.num_qo_heads, dtype=dtype, capacity=capacity, sms=sms
                 )
                 for _ in range(1 + self._calls.halves)
             ]
@@ -77,9 +90,9 @@ class StepGraphs:
         self._graphs: dict[tuple[int, int], CudaGraph] = {}
         """By number of parts (1: whole, 2: halves) and bucket."""
         with torch.cuda.stream(stream):
-            for bucket in self._attention[0].buckets:
-                for part in self._attention:
-                    part.run(bucket, 0, q[0, :bucket], self._o[:bucket], self._lse[:bucket])
+            for part in self._attention:
+                part.run(0, q[0], self._o, self._lse)
+            for bucket in self._buckets:
                 for parts in range(1, len(self._attention) + 1):
                     graph = CudaGraph(stream)
                     with graph.capture():
@@ -97,16 +110,14 @@ class StepGraphs:
                 else:
                     kernels.wait_layer(words, call)
                 # Answers of lanes that are not in this half go nowhere: decode reads those of its rows.
-                self._attention[part].run(bucket, layer, q[call & 1, :bucket], o, lse)
+                self._attention[part].run(layer, q[call & 1, :bucket], o, lse)
                 kernels.put_answers(words, o, lse, call)
 
-    def plan(self, parts: Sequence[Mapping[int, torch.Tensor]]) -> Planned:
-        """Slots of the lanes of a step, or of each of its halves. See `LaneAttention.plan`."""
-        attention = self._attention[: len(parts)]
-        bucket = attention[0].bucket([lane for slots in parts for lane in slots])
-        for part, slots in zip(attention, parts, strict=True):
-            part.plan(slots, bucket)
-        return Planned(len(parts), bucket)
+    def plan(self, parts: Sequence[Sequence[Run]], slots: Mapping[int, torch.Tensor]) -> Planned:
+        """What the lanes of a step, or of each of its halves, attend to. See `LaneAttention.plan`."""
+        for attention, runs in zip(self._attention, parts, strict=False):
+            attention.plan(runs, slots)
+        return Planned(len(parts), bucket_of(self._buckets, max(slots, default=-1)))
 
     def launch(self, planned: Planned) -> None:
         self._graphs[planned.parts, planned.bucket].launch()
@@ -178,7 +189,8 @@ class GpuExecutor:
         self._partition = partition
         self._lock = threading.Lock()
         self._slots: dict[int, torch.Tensor] = {}
-        """By lane, int32 on the device. Under the lock, as is the next one."""
+        """By lane, int32 on the device. Under the lock, as are the next two."""
+        self._shared = SharedRuns()
         self._arriving: list[torch.cuda.Event] = []
         """After these the slots that came since the last plan are there."""
         self._changed = True
@@ -195,7 +207,7 @@ class GpuExecutor:
 
     # ---- other threads ----------------------------------------------------------------------------------------------
 
-    def attach(self, lane: int, slots: torch.Tensor) -> None:
+    def attach(self, lane: int, slots: torch.Tensor, on_host: Slots) -> None:
         """As in `AttentionExecutor`; `slots` on the GPU is ready on the current stream, and may change afterwards."""
         with torch.cuda.device(self._device):
             on_device = slots.to(device=torch.device("cuda", self._device), dtype=torch.int32, copy=True)
@@ -203,6 +215,7 @@ class GpuExecutor:
             ready.record()
         with self._lock:
             self._slots[lane] = on_device
+            self._shared.add(lane, on_host)
             self._arriving.append(ready)
             self._changed = True
 
@@ -210,6 +223,7 @@ class GpuExecutor:
         """Forget the lane. A step that is under way may still read its slots, to an answer that is not used."""
         with self._lock:
             self._slots.pop(lane, None)
+            self._shared.discard(lane)
             self._changed = True
 
     @property
@@ -266,7 +280,7 @@ class GpuExecutor:
         else:
             self._stream = self._partition.take_executor_stream()
         begun = time.monotonic()
-        self._graphs = StepGraphs(self._end, self._layers, self._stream, layer.k.shape[0] + self._end.shape.lanes)
+        self._graphs = self._make_graphs(layer.k.shape[0] + self._end.shape.lanes)
         logger.info("attention executor is ready after %.1f s", time.monotonic() - begun)
         with torch.cuda.stream(self._stream):
             while not self._end.connect(POLL_S):
@@ -321,23 +335,30 @@ class GpuExecutor:
         assert self._graphs is not None and self._stream is not None
         with self._lock:
             self._changed = False
-            slots = [{lane: self._slots[lane] for lane in part if lane in self._slots} for part in parts]
+            runs = [self._shared.runs(part) for part in parts]
+            slots = {lane: self._slots[lane] for part in parts for lane in part if lane in self._slots}
             arriving, self._arriving = self._arriving, []
         for ready in arriving:
             self._stream.wait_event(ready)
-        self._planned_tokens = sum(tensor.numel() for part in slots for tensor in part.values())
-        total = self._planned_tokens + self._end.shape.lanes
-        if total > self._graphs.capacity:  # prefixes that share slots may outgrow the pool
-            self._grow(2 * total)
+        self._planned_tokens = sum(slots[lane].numel() for lane in slots)
+        capacity = max(sum(run.end - run.begin for run in part) for part in runs)
+        if capacity > self._graphs.capacity:  # many lanes that share too little to be read once
+            self._grow(2 * capacity)
         self._plans += 1
-        return self._graphs.plan(slots)
+        return self._graphs.plan(runs, slots)
 
     def _grow(self, capacity: int) -> None:
-        assert self._graphs is not None and self._stream is not None
+        assert self._graphs is not None
         if not self._drain():
             raise ChannelError(f"the executor's GPU did not finish its steps within {DRAIN_S:g} s")
         self._graphs.free()
-        self._graphs = StepGraphs(self._end, self._layers, self._stream, capacity)
+        self._graphs = self._make_graphs(capacity)
+
+    def _make_graphs(self, capacity: int) -> StepGraphs:
+        assert self._stream is not None
+        partition = self._partition
+        sms = partition.executor_sms if partition else _all_sms(self._device)
+        return StepGraphs(self._end, self._layers, self._stream, capacity, sms)
 
     def _drain(self) -> bool:
         """Whether all that was launched is over; within DRAIN_S."""
@@ -373,13 +394,16 @@ def warm_up(layers: Sequence[LayerKV], *, lanes: int, num_qo_heads: int) -> None
     k = layers[0].k
     with torch.cuda.device(k.device), torch.no_grad():
         IpcEndpoint(k.device.index)
+        sms = _all_sms(k.device.index)
         attention = LaneAttention(
-            layers[:1], lanes=lanes, num_qo_heads=num_qo_heads, dtype=k.dtype, capacity=lanes + k.shape[0]
+            layers[:1], lanes=lanes, num_qo_heads=num_qo_heads, dtype=k.dtype, capacity=lanes, sms=sms
         )
         q = torch.zeros(lanes, num_qo_heads, k.shape[2], dtype=k.dtype, device=k.device)
         o, lse = torch.empty_like(q), torch.empty(lanes, num_qo_heads, dtype=torch.float32, device=k.device)
-        one = torch.zeros(1, dtype=torch.int32, device=k.device)
-        for bucket in attention.buckets:
-            attention.plan({bucket - 1: one}, bucket)
-            attention.run(bucket, 0, q[:bucket], o[:bucket], lse[:bucket])
+        attention.plan([Run((0,), 0, 1)], {0: torch.zeros(1, dtype=torch.int32, device=k.device)})
+        attention.run(0, q, o, lse)
         torch.cuda.current_stream().synchronize()
+
+
+def _all_sms(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -291,8 +291,9 @@ class PrefillRuntime:
                 self._send(peer, messages.Nack(room=room, reason=NackReason.NOT_CACHED.value, detail=detail))
             return
         slots, lock = locked
-        self.pins.pin(claim, slots.cpu().numpy(), lock)
-        self._executors[claim.peer].executor.attach(claim.lane, slots)
+        on_host = slots.cpu().numpy()
+        self.pins.pin(claim, on_host, lock)
+        self._executors[claim.peer].executor.attach(claim.lane, slots, on_host)
         self.offloaded_total += 1
         self._send(peer, messages.Ready(room=room, lane=claim.lane))
 
