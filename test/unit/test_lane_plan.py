@@ -70,7 +70,7 @@ def test_every_lane_attends_to_all_its_slots_once(runs, heads, warps):
 
 def test_pieces_are_of_a_size_that_fills_the_warps():
     many = make_plan([Run((lane,), 0, 512) for lane in range(128)], KernelShape(1, 32, 16, 1056), 2048)
-    assert many[0] == 128  # whole prompts: four tickets a warp
+    assert many[0] == 128  # whole prompts: four tickets a warp, no partial results
     alone = make_plan([Run((0,), 0, 8192)], KernelShape(1, 32, 16, 1056), 2048)
     assert alone[0] == 32  # one wave
     short = make_plan([Run((0,), 0, 50)], KernelShape(1, 32, 16, 1056), 2048)
@@ -83,3 +83,15 @@ def test_pieces_become_larger_where_partial_results_are_scarce():
     assert make_plan(runs, shape, 1000)[0] > make_plan(runs, shape, 16)[0] >= 8
     with pytest.raises(ValueError, match="partial results"):
         make_plan([Run((0, 1), 0, 100), Run((0,), 100, 200), Run((1,), 100, 200)], shape, 3)
+
+
+def test_a_long_prompt_among_short_ones_is_cut():
+    runs = [Run((lane,), 0, 512) for lane in range(100)] + [Run((100,), 0, 32_000)]
+    words = make_plan(runs, KernelShape(4, 8, 16, 1056), 2048)
+    pieces = words[8 : 8 + 4 * words[0]].reshape(-1, 4)
+    assert pieces[:, 1].max() <= 512
+
+
+def test_heads_that_fill_the_warps_are_not_cut():
+    words = make_plan([Run((lane,), 0, 512) for lane in range(128)], KernelShape(4, 8, 16, 1056), 2048)
+    assert words[0] == 128 and words[3] == 0

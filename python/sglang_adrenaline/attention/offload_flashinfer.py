@@ -29,6 +29,7 @@ from sglang_adrenaline.attention.halves import Half, make_halves, run_in_turns
 from sglang_adrenaline.channel.calls import StepCalls, calls_of
 from sglang_adrenaline.channel.ipc import IpcDecodeEnd
 from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoints
+from sglang_adrenaline.cuda_wait import await_event
 from sglang_adrenaline.decode.runtime import DecodeRuntime
 from sglang_adrenaline.decode.table import StepPlan
 from sglang_adrenaline.errors import PeerLostError
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
     from torch import Tensor
+
+
+_PLAN_WAIT_S = 60.0
+"""Beyond every wait of a step for executors, which end by themselves."""
 
 
 class Exchange(enum.Enum):
@@ -80,6 +85,8 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
         self._half: Half | None = None
         self._staged: StagedStep | None = None
         self._exchange = Exchange.NONE
+        self._plan_copied = torch.cuda.Event()
+        """After the last plan's copies."""
         self._plan_whole = self.indices_updater_decode.update
         self.indices_updater_decode.update = self._plan
 
@@ -177,7 +184,13 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
         fixed_split_size: int | None = None,
         disable_split_kv: bool | None = None,
     ) -> None:
-        """Plan attention over [start, seq_len) of each row, in place of upstream's [0, seq_len)."""
+        """Plan attention over [start, seq_len) of each row, in place of upstream's [0, seq_len).
+
+        FlashInfer writes a plan into a pinned buffer and copies it in the stream's order. Before the next plan may
+        overwrite that, the copy has to be over: it long is, unless another process has the GPU (docs/gpu-results.md).
+        """
+        if not await_event(self._plan_copied, _PLAN_WAIT_S):
+            raise RuntimeError(f"the GPU has not got to the last step's plan within {_PLAN_WAIT_S:g} s")
         staged, self._staged = self._staged, None
         if staged is None and self._exchange is not Exchange.HALVES:
             self._plan_whole(
@@ -191,6 +204,7 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
                 fixed_split_size,
                 disable_split_kv,
             )
+            self._plan_copied.record()
             return
         assert seq_lens_cpu is not None
         # A graph's batch is padded with rows of length 1.
@@ -221,6 +235,7 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
                 half.planned()
         else:
             plan((decode_wrappers or updater.decode_wrappers)[0], slice(None), updater.kv_indptr[0])
+        self._plan_copied.record()
 
     # ---- layers -----------------------------------------------------------------------------------------------------
 

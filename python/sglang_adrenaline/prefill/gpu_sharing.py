@@ -11,12 +11,12 @@ for that stream by polling, after which the copies do not block.
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 import torch
 
 from sglang_adrenaline import compat
+from sglang_adrenaline.cuda_wait import await_event
 from sglang_adrenaline.errors import ConfigError
 from sglang_adrenaline.prefill.sm_partition import SmPartition
 
@@ -70,6 +70,4 @@ class GpuSharing:
         """Before a batch's results are processed: wait until the scheduler's stream has caught up."""
         caught_up = torch.cuda.Event()
         caught_up.record()
-        deadline = time.monotonic() + WAIT_S
-        while not caught_up.query() and time.monotonic() < deadline:
-            time.sleep(_NAP_S)
+        await_event(caught_up, WAIT_S, _NAP_S)

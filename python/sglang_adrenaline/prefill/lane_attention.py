@@ -2,19 +2,19 @@
 
 A launch depends on nothing but addresses, so that it can be captured in a CUDA graph; which slots a lane attends to,
 and how the work is cut into pieces, is read from buffers that `plan` fills, in the order of the current stream and
-without waiting for the device. Slots that lanes share are read once (`shared_runs.py`). One thread, one stream. No channel, no
-graphs here.
+without waiting for the device. Slots that lanes share are read once (`shared_runs.py`). One thread, one stream. No
+channel, no graphs here.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sglang_adrenaline import kernels
+from sglang_adrenaline.cuda_wait import await_event
 from sglang_adrenaline.errors import ChannelError
 from sglang_adrenaline.prefill.executor import LayerKV
 from sglang_adrenaline.prefill.lane_plan import KernelShape, make_plan, max_words
@@ -72,7 +72,8 @@ class LaneAttention:
         except ValueError:  # many short runs of a deep tree
             runs = [Run((lane,), 0, slots[lane].numel()) for lane in {lane for run in runs for lane in run.lanes}]
             return self.plan(runs, slots)
-        self._wait_for_copies()
+        if not await_event(self._copied, _PLAN_WAIT_S):
+            raise ChannelError(f"the GPU has not got to the executor's last plan within {_PLAN_WAIT_S:g} s")
         self._plan_pinned[: len(words)] = torch.from_numpy(words)
         self._plan[: len(words)].copy_(self._plan_pinned[: len(words)], non_blocking=True)
         parts = [slots[run.lanes[0]][run.begin : run.end] for run in runs]
@@ -102,13 +103,6 @@ class LaneAttention:
             kv.sm_scale,
             self._sms,
         )
-
-    def _wait_for_copies(self) -> None:
-        deadline = time.monotonic() + _PLAN_WAIT_S
-        while not self._copied.query():
-            if time.monotonic() > deadline:
-                raise ChannelError(f"the GPU has not got to the executor's last plan within {_PLAN_WAIT_S:g} s")
-            time.sleep(20e-6)
 
 
 def check_pool(layers: Sequence[LayerKV], num_qo_heads: int, dtype: torch.dtype) -> None:

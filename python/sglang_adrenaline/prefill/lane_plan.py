@@ -7,6 +7,7 @@ results not to matter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,10 +22,11 @@ HEADER_WORDS = 8
 TILE = 16
 """Tokens that a warp takes at a time."""
 
-_FEW_TILES = 24
-"""Tiles a warp up to which each gets one piece."""
-_PIECES_OF_A_WARP = 4
-_TILES_OF_A_PIECE = (8, 64)
+_LEAST_TILES = 8
+"""Of a piece that is cut off."""
+_PIECE_TILES = 0.7
+_MERGE_TILES = 4.0
+"""What a piece and the merge of partial results take, in tiles of a warp; estimated from runs on an H200."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def make_plan(runs: Sequence[Run], shape: KernelShape, max_rows: int) -> npt.NDA
     tokens = (starts[1:] - starts[:-1])[run_of]
     tiles = -(-tokens // TILE)
 
-    limit = _piece_tiles(int(tiles.sum()) * shape.kv_heads, shape.warps)
+    limit = _piece_tiles(tiles, shape)
     while True:
         cuts = -(-tiles // limit)
         if _partial_rows(np.repeat(lanes_of, np.repeat(cuts, sizes))) <= max_rows:
@@ -100,13 +102,24 @@ def make_plan(runs: Sequence[Run], shape: KernelShape, max_rows: int) -> npt.NDA
     return words
 
 
-def _piece_tiles(tiles: int, warps: int) -> int:
-    """Most tiles of a piece, by the tiles of all pieces and KV heads."""
-    of_a_warp = -(-tiles // warps)
-    least, most = _TILES_OF_A_PIECE
-    if of_a_warp <= _FEW_TILES:
-        return max(least, of_a_warp)
-    return min(most, -(-of_a_warp // _PIECES_OF_A_WARP))
+def _piece_tiles(tiles: npt.NDArray[np.int64], shape: KernelShape) -> int:
+    """Most tiles of a piece: what is estimated to end first, `tiles` being those of each run and its lanes."""
+
+    mean = int(tiles.sum()) * shape.kv_heads / shape.warps
+
+    def estimate(limit: int) -> float:
+        cuts = -(-tiles // limit)
+        pieces = int(cuts.sum()) * shape.kv_heads
+        longest = int((-(-tiles // cuts)).max())
+        time = longest if pieces <= shape.warps else mean + longest / 2
+        return time + _PIECE_TILES * pieces / shape.warps + _MERGE_TILES * bool((cuts > 1).any())
+
+    limits = [max(math.ceil(mean), _LEAST_TILES)]  # a piece for each warp
+    limit = int(tiles.max())
+    while limit >= _LEAST_TILES:
+        limits.append(limit)
+        limit = limit * 3 // 4
+    return min(limits, key=estimate)
 
 
 def _partial_rows(lanes: npt.NDArray[np.int64]) -> int:

@@ -1,4 +1,4 @@
-"""Times the work of a model on this GPU: matrices, FlashInfer's attention, and executor and prefill side by side.
+"""Times the work of a model on this GPU: matrices, decode's attention, and executor and prefill side by side.
 
 Every measurement is a CUDA graph that is replayed, timed by events: what a decode step costs inside SGLang's graphs.
 The round trip between two GPUs is `benchmark/gpu_channel.py`'s business; data sheet figures stand in for it here.
@@ -15,6 +15,9 @@ import torch
 
 from sglang_adrenaline.errors import ConfigError
 from sglang_adrenaline.figures import DEVICES, ModelFigures, known_device
+from sglang_adrenaline.prefill.executor import LayerKV
+from sglang_adrenaline.prefill.lane_attention import LaneAttention
+from sglang_adrenaline.prefill.shared_runs import Run
 from sglang_adrenaline.profile_data import ShareFigures, TripPoint, datasheet_profile
 
 MOST_BYTES = 24 << 30
@@ -92,16 +95,18 @@ class GpuMachine:
         from sglang_adrenaline.prefill.sm_partition import SmPartition
 
         context = 512
-        attend, layers = self._attention(self.attention_rows, context)
+        pools = self._pools(self.attention_rows * context)
         products = self._products(PREFILL_ROWS)
         whole_s = self._work(products).alone_s
-        read_bytes = self.attention_rows * context * self._model.kv_token_bytes * layers / self._model.num_layers
+        tokens = self.attention_rows * context
+        read_bytes = tokens * self._model.kv_token_bytes * len(pools) / self._model.num_layers
         points = []
         for count in self._sm_counts:
             if not 0 < count < self._sms:
                 continue
             partition = SmPartition(self._index, count)
-            executor = self._work(attend, partition.take_executor_stream())
+            stream = partition.take_executor_stream()
+            executor = self._work(self._executor(pools, context, partition.executor_sms, stream), stream)
             prefill = self._work(products, partition.prefill_stream())
             attention_s, prefill_s = side_by_side_s(executor, prefill)
             points.append(
@@ -138,9 +143,7 @@ class GpuMachine:
 
         model = self._model
         slots = rows * context
-        layer_bytes = 2 * slots * model.num_kv_heads * model.head_dim * model.kv_bytes_each
-        layers = max(min(model.num_layers, self._most_bytes // layer_bytes), 1)
-        pools = [tuple(self._random(slots, 1, model.num_kv_heads, model.head_dim) for _ in "kv") for _ in range(layers)]
+        pools = [(k.unsqueeze(1), v.unsqueeze(1)) for k, v in self._pools(slots)]
         wrapper = BatchDecodeWithPagedKVCacheWrapper(
             self._workspace(),
             "NHD",
@@ -167,7 +170,40 @@ class GpuMachine:
             for pool in pools:
                 wrapper.run(q, pool, return_lse=True)
 
-        return run, layers
+        return run, len(pools)
+
+    def _executor(
+        self, pools: Sequence[tuple[torch.Tensor, torch.Tensor]], context: int, sms: int, stream: torch.cuda.Stream
+    ) -> Callable[[], None]:
+        """The executor's attention on a stream of so many SMs, planned: a layer of each pool, nothing shared."""
+        rows = self.attention_rows
+        layers = [LayerKV(k, v, self._model.head_dim**-0.5, 0.0) for k, v in pools]
+        q = self._random(rows, self._model.num_qo_heads, self._model.head_dim)
+        o, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=self._device)
+        attention = LaneAttention(
+            layers, lanes=rows, num_qo_heads=q.shape[1], dtype=q.dtype, capacity=rows * context, sms=sms
+        )
+        slots = torch.arange(rows * context, dtype=torch.int32, device=self._device).view(rows, context)
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.stream(stream):
+            attention.plan([Run((row,), 0, context) for row in range(rows)], dict(enumerate(slots)))
+
+        def run() -> None:
+            for layer in range(len(layers)):
+                attention.run(layer, q, o, lse)
+
+        return run
+
+    def _pools(self, slots: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values [slots, KV heads, head_dim] of as many layers as fit."""
+        model = self._model
+        layer_bytes = 2 * slots * model.num_kv_heads * model.head_dim * model.kv_bytes_each
+        layers = max(min(model.num_layers, self._most_bytes // layer_bytes), 1)
+
+        def values() -> torch.Tensor:
+            return self._random(slots, model.num_kv_heads, model.head_dim)
+
+        return [(values(), values()) for _ in range(layers)]
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, device=self._device, dtype=self._dtype)
