@@ -1,4 +1,4 @@
-"""CUDA kernels of the `ipc` channel and its executor: finds or compiles `flashinfer_ext/`, calls it through checked wrappers.
+"""CUDA kernels of channel `ipc` and its executor: finds or compiles `flashinfer_ext/`, calls it by checked wrappers.
 
 The library is taken from the folder named by SGLANG_ADRENALINE_KERNELS if that is set, else compiled at first use
 for the GPU at hand (nvcc and ninja needed, about half a minute, then cached). On a machine without a GPU
@@ -118,8 +118,8 @@ def attend(
     tickets      [2]                               int32, zero, and zero again when the kernel ends
     sms          SMs to work on: as many blocks as fit there; they fit others, too
 
-    Lanes of no piece keep o and lse. At most ATTEND_COLUMNS query heads for each KV head. What the plan says is not checked. Raises ValueError on
-    shape, dtype, device or alignment. Source: csrc/attend.cu; reference: attention.ragged.attend.
+    Lanes of no piece keep o and lse. At most ATTEND_COLUMNS query heads for each KV head. What the plan says is not
+    checked. Raises ValueError on shape, dtype, device or alignment. Source: csrc/attend.cu; reference: attention.ragged.attend.
     """
     module().attend(q, k, v, o, lse, slots, plan, partial_o, partial_lse, tickets, sm_scale, sms)
 

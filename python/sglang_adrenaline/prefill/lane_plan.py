@@ -25,7 +25,7 @@ TILE = 16
 _LEAST_TILES = 8
 """Of a piece that is cut off."""
 _PIECE_TILES = 0.7
-_MERGE_TILES = 4.0
+_MERGE_TILES = 6.0
 """What a piece and the merge of partial results take, in tiles of a warp; estimated from runs on an H200."""
 
 
