@@ -119,7 +119,8 @@ def attend(
     sms          SMs to work on: as many blocks as fit there; they fit others, too
 
     Lanes of no piece keep o and lse. At most ATTEND_COLUMNS query heads for each KV head. What the plan says is not
-    checked. Raises ValueError on shape, dtype, device or alignment. Source: csrc/attend.cu; reference: attention.ragged.attend.
+    checked. Raises ValueError on shape, dtype, device or alignment. Source: csrc/attend.cu; reference:
+    attention.ragged.attend.
     """
     module().attend(q, k, v, o, lse, slots, plan, partial_o, partial_lse, tickets, sm_scale, sms)
 

@@ -10,6 +10,7 @@ import torch
 from sglang_adrenaline.channel.cuda_graph import CudaGraph
 from sglang_adrenaline.prefill.executor import LayerKV
 from sglang_adrenaline.prefill.lane_attention import LaneAttention
+from sglang_adrenaline.prefill.lane_plan import most_rows, within_rows
 from sglang_adrenaline.prefill.shared_runs import SharedRuns
 
 NUM_SLOTS = 20_000
@@ -31,6 +32,7 @@ class Setup:
         self.attention = LaneAttention(
             self.layers, lanes=lanes, num_qo_heads=qo_heads, dtype=dtype, capacity=16 * NUM_SLOTS, sms=sms
         )
+        self.rows = most_rows(lanes)
         self.slots: dict[int, torch.Tensor] = {}
         self.shared = SharedRuns()
         self.q = torch.randn(self.shape, **cuda)
@@ -43,7 +45,8 @@ class Setup:
         self.shared.add(lane, on_host.numpy())
 
     def plan(self, lanes: list[int]) -> None:
-        self.attention.plan(self.shared.runs(lanes), self.slots)
+        runs = within_rows(self.shared.runs(lanes), self.rows)
+        self.attention.plan(runs, self.slots)
 
     def compare(self, lanes: list[int], layer: int = 0) -> float:
         """The largest error of o."""
@@ -152,7 +155,7 @@ def test_a_graph_follows_new_plans_and_no_lanes():
 
 def test_a_deep_tree_that_needs_too_many_partial_results_is_read_lane_by_lane():
     setup = Setup(8, 2, 64, lanes=40)
-    setup.attention._max_rows = 60
+    setup.rows = 60
     rng = random.Random(4)
     stem: list[int] = []
     for lane in range(40):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_adrenaline.prefill.lane_plan import WHOLE, KernelShape, make_plan, max_words
+from sglang_adrenaline.prefill.lane_plan import WHOLE, KernelShape, make_plan, max_words, within_rows
 from sglang_adrenaline.prefill.shared_runs import Run
 
 
@@ -68,6 +68,10 @@ def test_every_lane_attends_to_all_its_slots_once(runs, heads, warps):
     assert used == sorted(set(used)) and (not used or used[-1] < max_rows)
 
 
+def test_no_runs_are_no_work():
+    assert make_plan([], KernelShape(1, 8, 16, 1056), 10)[:5].tolist() == [0, 8, 8, 0, 8]
+
+
 def test_pieces_are_of_a_size_that_fills_the_warps():
     many = make_plan([Run((lane,), 0, 512) for lane in range(128)], KernelShape(1, 32, 16, 1056), 2048)
     assert many[0] == 128  # whole prompts: four tickets a warp, no partial results
@@ -81,8 +85,17 @@ def test_pieces_become_larger_where_partial_results_are_scarce():
     runs = [Run((lane,), 0, 4096) for lane in range(8)]
     shape = KernelShape(4, 8, 16, 1056)
     assert make_plan(runs, shape, 1000)[0] > make_plan(runs, shape, 16)[0] >= 8
+
+
+def test_a_deep_tree_is_read_lane_by_lane():
+    shape = KernelShape(4, 8, columns=16, warps=1056)
+    runs = [Run((0, 1), 0, 100), Run((0,), 100, 200), Run((1,), 100, 250), Run((2,), 0, 7)]
+    assert within_rows(runs, 4) is runs
     with pytest.raises(ValueError, match="partial results"):
-        make_plan([Run((0, 1), 0, 100), Run((0,), 100, 200), Run((1,), 100, 200)], shape, 3)
+        make_plan(runs, shape, 3)
+    alone = within_rows(runs, 3)
+    assert sorted(alone) == [Run((0,), 0, 200), Run((1,), 0, 250), Run((2,), 0, 7)]
+    make_plan(alone, shape, 3)
 
 
 def test_a_long_prompt_among_short_ones_is_cut():

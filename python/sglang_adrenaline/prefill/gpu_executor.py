@@ -29,6 +29,7 @@ from sglang_adrenaline.channel.ipc_end import DTYPES
 from sglang_adrenaline.errors import ChannelError
 from sglang_adrenaline.prefill.executor import POLL_S, LayerKV
 from sglang_adrenaline.prefill.lane_attention import LaneAttention, check_pool
+from sglang_adrenaline.prefill.lane_plan import most_rows, within_rows
 from sglang_adrenaline.prefill.shared_runs import Run, SharedRuns, Slots
 
 if TYPE_CHECKING:
@@ -335,7 +336,7 @@ class GpuExecutor:
         assert self._graphs is not None and self._stream is not None
         with self._lock:
             self._changed = False
-            runs = [self._shared.runs(part) for part in parts]
+            runs = [within_rows(self._shared.runs(part), most_rows(self._end.shape.lanes)) for part in parts]
             slots = {lane: self._slots[lane] for part in parts for lane in part if lane in self._slots}
             arriving, self._arriving = self._arriving, []
         for ready in arriving:

@@ -17,7 +17,7 @@ from sglang_adrenaline import kernels
 from sglang_adrenaline.cuda_wait import await_event
 from sglang_adrenaline.errors import ChannelError
 from sglang_adrenaline.prefill.executor import LayerKV
-from sglang_adrenaline.prefill.lane_plan import KernelShape, make_plan, max_words
+from sglang_adrenaline.prefill.lane_plan import KernelShape, make_plan, max_words, most_rows
 from sglang_adrenaline.prefill.shared_runs import Run
 
 _PLAN_WAIT_S = 30.0  # ends earlier if the stream does, and the waits of its kernels have limits of their own
@@ -29,7 +29,7 @@ class LaneAttention:
     def __init__(
         self, layers: Sequence[LayerKV], *, lanes: int, num_qo_heads: int, dtype: torch.dtype, capacity: int, sms: int
     ) -> None:
-        """`capacity`: most slots that all lanes together attend to. `sms`: on which the stream's kernels run.
+        """`capacity`: most slots of all runs together. `sms`: on which the stream's kernels run.
 
         Raises ChannelError on pools that it cannot read. Blocks while the kernels are compiled, once a machine.
         """
@@ -45,7 +45,7 @@ class LaneAttention:
             columns=kernels.ATTEND_COLUMNS,
             warps=sms * kernels.attend_warps(head_dim),
         )
-        self._max_rows = 4 * lanes + 1024
+        self._max_rows = most_rows(lanes)
         int32 = {"dtype": torch.int32, "device": device}
         self._slots = torch.zeros(capacity, **int32)
         self._plan = torch.zeros(max_words(lanes, self._max_rows), **int32)
@@ -62,16 +62,12 @@ class LaneAttention:
         """Let lanes attend to these runs of slots[lane] (int32 [n] on the device) from here on; others to nothing.
 
         Waits for the copies of the plan before this one, which lie behind what the stream did then. Raises
-        ChannelError if they are not over in time, ValueError beyond the capacity.
+        ChannelError if they are not over in time, ValueError beyond the capacity or what `within_rows` allows.
         """
         total = sum(run.end - run.begin for run in runs)
         if total > self.capacity:
             raise ValueError(f"{total} slots for an attention that was made for {self.capacity}")
-        try:
-            words = make_plan(runs, self._shape, self._max_rows)
-        except ValueError:  # many short runs of a deep tree
-            runs = [Run((lane,), 0, slots[lane].numel()) for lane in {lane for run in runs for lane in run.lanes}]
-            return self.plan(runs, slots)
+        words = make_plan(runs, self._shape, self._max_rows)
         if not await_event(self._copied, _PLAN_WAIT_S):
             raise ChannelError(f"the GPU has not got to the executor's last plan within {_PLAN_WAIT_S:g} s")
         self._plan_pinned[: len(words)] = torch.from_numpy(words)

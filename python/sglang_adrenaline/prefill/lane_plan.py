@@ -7,6 +7,7 @@ results not to matter.
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,11 +49,29 @@ def max_words(lanes: int, rows: int) -> int:
     return HEADER_WORDS + 6 * (rows + lanes) + 4 * lanes + 4
 
 
+def most_rows(lanes: int) -> int:
+    """Partial results that there is room for in an attention over so many lanes."""
+    return 4 * lanes + 1024
+
+
+def within_rows(runs: Sequence[Run], rows: int) -> Sequence[Run]:
+    """The runs; or, where they need more partial results than `rows` (a deep tree), the slots of each lane by itself."""
+    parts = collections.Counter(lane for run in runs for lane in run.lanes)
+    if sum(count for count in parts.values() if count > 1) <= rows:
+        return runs
+    ends: dict[int, int] = {}
+    for run in runs:
+        ends |= {lane: max(run.end, ends.get(lane, 0)) for lane in run.lanes}
+    return [Run((lane,), 0, end) for lane, end in ends.items()]
+
+
 def make_plan(runs: Sequence[Run], shape: KernelShape, max_rows: int) -> npt.NDArray[np.int32]:
     """The words of a plan (AttendPlan in attend.cuh) for runs whose slots lie one behind the other.
 
-    Raises ValueError if the runs alone need more than `max_rows` partial results.
+    No runs: a plan of no pieces. Raises ValueError unless `within_rows` has nothing against the runs.
     """
+    if not runs:
+        return np.array([0, HEADER_WORDS, HEADER_WORDS, 0, HEADER_WORDS, 0, 0, 0], dtype=np.int32)
     most = shape.lanes_of_a_piece
     bundles = [
         (index, run.lanes[at : at + most]) for index, run in enumerate(runs) for at in range(0, len(run.lanes), most)

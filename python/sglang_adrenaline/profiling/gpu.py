@@ -106,7 +106,8 @@ class GpuMachine:
                 continue
             partition = SmPartition(self._index, count)
             stream = partition.take_executor_stream()
-            executor = self._work(self._executor(pools, context, partition.executor_sms, stream), stream)
+            attend = self._executor(pools, context, partition.executor_sms, stream)  # holds what its graph reads
+            executor = self._work(attend, stream)
             prefill = self._work(products, partition.prefill_stream())
             attention_s, prefill_s = side_by_side_s(executor, prefill)
             points.append(
