@@ -134,7 +134,7 @@ def test_long_ascending_run_is_read_in_place_and_a_shuffled_one_is_not():
     swapped[[3, 4]] = swapped[[4, 3]]
     assert len(RaggedPlan.from_slots([swapped]).views) == 0
     plan = RaggedPlan.from_slots([torch.tensor([9, 4]), torch.cat([run, torch.tensor([7, 5])])])
-    assert [(view.row, view.start, view.stop) for view in plan.split_views] == [(1, 100, 100 + VIEW_MIN_TOKENS)]
+    assert [(view.rows, view.start, view.stop) for view in plan.split_views] == [((1,), 100, 100 + VIEW_MIN_TOKENS)]
     assert [group.slots.tolist() for group in plan.groups] == [[9, 4, 7, 5]]
     assert len(RaggedPlan.from_slots([torch.arange(10), torch.arange(20, 20 + VIEW_MIN_TOKENS)]).views) == 1
 
@@ -183,3 +183,19 @@ def test_attend_causal_equals_the_reference(prefix_len, new, contiguous, dtype):
         q, torch.cat([k_pool[slots], k]), torch.cat([v_pool[slots], v]), prefix_len, sm_scale=SCALE
     )
     torch.testing.assert_close(o.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_a_run_that_rows_share_is_read_once():
+    prefix = torch.arange(100, 600)
+    rows = [
+        torch.cat([prefix, torch.arange(600, 640)]),  # whose own part lies behind the prefix
+        torch.cat([prefix, torch.tensor([9, 4, 7])]),
+        torch.arange(1000, 1400),
+        prefix,
+        prefix[:VIEW_MIN_TOKENS],  # sharing no more than this would have the others read again
+    ]
+    plan = RaggedPlan.from_slots(rows)
+    views = sorted((view.rows, view.start, view.stop) for view in (*plan.views, *plan.split_views))
+    assert views == [((0, 1), 100, 600), ((2,), 1000, 1400), ((3,), 100, 600), ((4,), 100, 100 + VIEW_MIN_TOKENS)]
+    q, (k, v) = queries(len(rows), torch.float32), pool(torch.float32)
+    check(q, k, v, rows, *attend(q, k, v, plan, sm_scale=SCALE))

@@ -4,14 +4,14 @@
 The decode side builds one per step, the attention executor one per change of its set of requests. `attend` runs one
 layer. PyTorch's flash kernel does the arithmetic (float32 accumulation for every dtype): the queries of one KV head
 stand in for its query length, so grouped heads cost no copies of KV. Each row's longest ascending run of slots, as a
-prompt leaves it, is read in place; what remains is gathered, rows of similar length sharing one padded call, and the
-two parts are merged.
+prompt leaves it, is read in place, once for all rows that share it; what remains is gathered, rows of similar length
+sharing one padded call, and the two parts are merged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,11 +46,16 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """Row `row` attends to slots [start, stop) of the pool."""
+    """These rows attend to slots [start, stop) of the pool."""
 
-    row: int
+    rows: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def index(self) -> slice | list[int]:
+        """Of its rows: for one, a slice, which costs no copy."""
+        return slice(self.rows[0], self.rows[0] + 1) if len(self.rows) == 1 else list(self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ class RaggedPlan:
     views: tuple[_View, ...]
     groups: tuple[_Group, ...]
     split_views: tuple[_View, ...]  # runs of rows that are in a group as well
-    split_rows: Tensor  # int64, the rows of split_views
+    split_rows: Tensor  # int64, the rows of split_views, one view after the other
     has_empty: bool
     scratch: Scratch
 
@@ -113,14 +118,14 @@ def _build(flat: np.ndarray, lens: np.ndarray, scratch: Scratch) -> RaggedPlan:
         if end == len(gathered) or rest[gathered[begin]] - rest[gathered[end]] > MAX_PAD_TOKENS:
             groups.append(rows.group(np.array(sorted(gathered[begin:end]))))
             begin = end
-    split = tuple(view for view in views if rest[view.row])
+    alone, split = _by_rest(views, rest)
     return RaggedPlan(
         num_rows=len(lens),
         num_tokens=int(lens.sum()),
-        views=tuple(view for view in views if not rest[view.row]),
+        views=alone,
         groups=tuple(groups),
         split_views=split,
-        split_rows=torch.tensor([view.row for view in split], dtype=torch.int64),
+        split_rows=torch.tensor([row for view in split for row in view.rows], dtype=torch.int64),
         has_empty=bool((lens == 0).any()),
         scratch=scratch,
     )
@@ -144,15 +149,22 @@ class _Rows:
         jumps = np.flatnonzero(np.diff(self.flat) != 1) + 1
         starts = np.unique(np.concatenate((self.offsets[self.lens > 0], jumps)))
         run_lens = np.diff(starts, append=len(self.flat))
-        views = []
+        by_slot: dict[int, dict[int, int]] = {}  # first slot -> row -> length of the run
         for row in long_rows.tolist():
             offset = self.offsets[row]
             first, last = np.searchsorted(starts, (offset, offset + self.lens[row]))
             run = first + int(run_lens[first:last].argmax())
             if run_lens[run] >= VIEW_MIN_TOKENS:
-                self.hole_starts[row], self.hole_lens[row] = starts[run] - offset, run_lens[run]
-                slot = int(self.flat[starts[run]])
-                views.append(_View(row, slot, slot + int(run_lens[run])))
+                self.hole_starts[row] = starts[run] - offset
+                by_slot.setdefault(int(self.flat[starts[run]]), {})[row] = int(run_lens[run])
+        views = []
+        for slot, lens in by_slot.items():
+            shared = _shared_length(lens.values())
+            together = tuple(row for row, length in lens.items() if length >= shared)
+            views.append(_View(together, slot, slot + shared))
+            views += [_View((row,), slot, slot + length) for row, length in lens.items() if length < shared]
+        for view in views:
+            self.hole_lens[list(view.rows)] = view.stop - view.start
         return views
 
     def group(self, rows: np.ndarray) -> _Group:
@@ -171,6 +183,24 @@ class _Rows:
             slots=torch.from_numpy(self.flat[self.offsets[rows, None] + positions].reshape(-1)),
             mask=mask,
         )
+
+
+def _shared_length(lengths: Collection[int]) -> int:
+    """Of runs that begin alike: how far to read together, so that the fewest slots are read again."""
+    falling = sorted(lengths, reverse=True)
+    saved = [count * length for count, length in enumerate(falling)]
+    return falling[max(range(len(falling)), key=lambda i: saved[i])]
+
+
+def _by_rest(views: Sequence[_View], rest: np.ndarray) -> tuple[tuple[_View, ...], tuple[_View, ...]]:
+    """The views of rows that attend to nothing else, and those of the others."""
+    parts: tuple[list[_View], list[_View]] = ([], [])
+    for view in views:
+        for part, others in zip(parts, (False, True), strict=True):
+            rows = tuple(row for row in view.rows if bool(rest[row]) is others)
+            if rows:
+                part.append(_View(rows, view.start, view.stop))
+    return tuple(parts[0]), tuple(parts[1])
 
 
 def attend(
@@ -198,8 +228,8 @@ def attend(
         lse.fill_(-torch.inf)
     q = q.reshape(*grouped, head_dim)
     for view in plan.views:
-        row = slice(view.row, view.row + 1)
-        o[row], lse[row] = _read_in_place(q[row], k_buffer, v_buffer, view, sm_scale, logit_cap)
+        rows = view.index
+        o[rows], lse[rows] = _read_in_place(q[rows], k_buffer, v_buffer, view, sm_scale, logit_cap)
     for group in plan.groups:
         k = _gather(k_buffer, group, plan.scratch, "k")
         v = _gather(v_buffer, group, plan.scratch, "v")
@@ -213,11 +243,10 @@ def attend(
     lse.mul_(LOG2_E)
     if plan.split_views:
         parts = [
-            _read_in_place(q[view.row : view.row + 1], k_buffer, v_buffer, view, sm_scale, logit_cap)
-            for view in plan.split_views
+            _read_in_place(q[view.index], k_buffer, v_buffer, view, sm_scale, logit_cap) for view in plan.split_views
         ]
-        o_part = torch.cat([part[0] for part in parts]).reshape(len(parts), num_qo_heads, -1)
-        lse_part = torch.cat([part[1] for part in parts]).reshape(len(parts), num_qo_heads)
+        o_part = torch.cat([part[0] for part in parts]).reshape(len(plan.split_rows), num_qo_heads, -1)
+        lse_part = torch.cat([part[1] for part in parts]).reshape(len(plan.split_rows), num_qo_heads)
         merge_rows_(o, lse, o_part, lse_part.mul_(LOG2_E), plan.split_rows)
     return o, lse
 
@@ -225,8 +254,15 @@ def attend(
 def _read_in_place(
     q: Tensor, k_buffer: Tensor, v_buffer: Tensor, view: _View, sm_scale: float, logit_cap: float
 ) -> tuple[Tensor, Tensor]:
+    """All rows' queries q [n, kv_heads, group, D] in one call, as if they were one row of a larger group."""
     k, v = k_buffer[view.start : view.stop].unsqueeze(0), v_buffer[view.start : view.stop].unsqueeze(0)
-    return _call(q, k, v, None, sm_scale, logit_cap)
+    if len(q) == 1:
+        return _call(q, k, v, None, sm_scale, logit_cap)
+    num, kv_heads, group, head_dim = q.shape
+    together = q.transpose(0, 1).reshape(1, kv_heads, num * group, head_dim)
+    o, lse = _call(together, k, v, None, sm_scale, logit_cap)
+    o = o.view(kv_heads, num, group, -1).transpose(0, 1)
+    return o, lse.view(kv_heads, num, group).transpose(0, 1)
 
 
 def _gather(buffer: Tensor, group: _Group, scratch: Scratch, name: str) -> Tensor:

@@ -55,7 +55,7 @@ def most_rows(lanes: int) -> int:
 
 
 def within_rows(runs: Sequence[Run], rows: int) -> Sequence[Run]:
-    """The runs; or, where they need more partial results than `rows` (a deep tree), the slots of each lane by itself."""
+    """The runs; or each lane's slots by themselves where they need more partial results than `rows` (a deep tree)."""
     parts = collections.Counter(lane for run in runs for lane in run.lanes)
     if sum(count for count in parts.values() if count > 1) <= rows:
         return runs
