@@ -132,10 +132,11 @@ def encode_profile(profile: Profile) -> bytes:
 
 FLOPS_EFFICIENCY = 0.55
 LINEAR_ROWS = (1, 8, 16, 32, 64, 128, 192, 256, 384, 512, 1024, 2048)
-BESIDE_PREFILL, BESIDE_EXECUTOR = 0.67, 0.78
+BESIDE_PREFILL, BESIDE_EXECUTOR = 0.8, 0.8
 """On SMs of their own, what attention reaches beside prefill's matrix products, and these beside attention that never
 rests, as share of what each reaches there alone: they share the memory and the power. An H200, 32 and 64 SMs of 132:
-1,511 of 2,269 GB/s and 2,840 of 3,831; 0.79 and 0.78 of the products' speed, by the part of the SMs that they have."""
+1,799 of 2,221 GB/s and 2,999 of 3,528; 0.83 and 0.79 of the products' speed (docs/gpu-results.md, "Attention of the
+executor")."""
 SM_SHARES = (0.06, 0.12, 0.18, 0.24, 0.36, 0.48, 0.6, 0.73)
 
 
