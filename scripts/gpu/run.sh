@@ -7,7 +7,7 @@
 # that of the worst. Logs go to $OUT/logs-FIRST-STEP.tar.gz after each step, results (JSON, PNG, table) to $OUT. Steps:
 #   kernels channel transfer executor   test/kernel, by part
 #   profile                             python -m sglang_adrenaline.profile of both shapes
-#   attend                              test/kernel/test_lane_attention.py: the attention kernel
+#   attend                              test/kernel/test_attend.py: the attention kernel
 #   shares                              attention and products alone, side by side, and a copy, over SM shares (SMS)
 #   stalls                              launches beside another thread's copies
 #   gqa mha exactness returns           test/gpu: one model variant, both, and the restart of killed servers
@@ -81,7 +81,7 @@ for name in "$@"; do
     links) lines=40 step links 180 "${kernel_tests[@]}" test/kernel/test_several_links.py ;;
     transfer) lines=40 step transfer 180 "${kernel_tests[@]}" test/kernel/test_cuda_ipc_transfer.py ;;
     executor) lines=60 step executor 240 "${kernel_tests[@]}" test/kernel/test_gpu_executor.py ;;
-    attend) lines=40 step attend 180 "${kernel_tests[@]}" test/kernel/test_lane_attention.py ;;
+    attend) lines=40 step attend 180 "${kernel_tests[@]}" test/kernel/test_attend.py ;;
     shares)
       for heads in 32 8; do
         for kernel in ours flashinfer; do
