@@ -1,17 +1,39 @@
 // Launcher of attend_kernel and merge_partials_kernel, and what the host needs to know to plan for it.
 #include "adrenaline/attend.cuh"
 
+#include <algorithm>
+
 #include "checks.h"
 
 namespace adrenaline {
 
+struct AttendFit {
+  int warps;  // of a block
+  int blocks; // of an SM
+};
+
+// What the device's shared memory holds. GPUs with less of it than an H100 get fewer warps.
+template <int kHeadDim>
+AttendFit fit(DLDevice device) {
+  constexpr int kRing = static_cast<int>(sizeof(AttendRing<kHeadDim>));
+  constexpr int kReserved = 1024; // by CUDA, of each block
+  int of_block, of_sm;
+  TVM_FFI_CHECK_CUDA_ERROR(
+      cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.device_id));
+  TVM_FFI_CHECK_CUDA_ERROR(
+      cudaDeviceGetAttribute(&of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.device_id));
+  const int warps = std::min(kAttendWarps, of_block / kRing);
+  ADRENALINE_CHECK(warps > 0, "the GPU's blocks have " << of_block << " bytes of shared memory, a warp needs " << kRing);
+  return {warps, std::clamp(of_sm / (warps * kRing + kReserved), 1, kAttendBlocks<kHeadDim>)};
+}
+
 template <typename T, int kHeadDim>
 void launch(const AttendParams& p, uint32_t sms, DLDevice device) {
-  constexpr int kBytes = kAttendSharedBytes<kHeadDim>;
+  const AttendFit fits = fit<kHeadDim>(device);
+  const int bytes = fits.warps * static_cast<int>(sizeof(AttendRing<kHeadDim>));
   TVM_FFI_CHECK_CUDA_ERROR(
-      cudaFuncSetAttribute(attend_kernel<T, kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  attend_kernel<T, kHeadDim>
-      <<<sms * kAttendBlocksPerSm<kHeadDim>, kAttendWarps * 32, kBytes, current_stream(device)>>>(p);
+      cudaFuncSetAttribute(attend_kernel<T, kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  attend_kernel<T, kHeadDim><<<sms * fits.blocks, fits.warps * 32, bytes, current_stream(device)>>>(p);
   TVM_FFI_CHECK_CUDA_ERROR(cudaGetLastError());
   constexpr uint32_t kMergeBlocks = 12; // of an SM
   merge_partials_kernel<T, kHeadDim><<<sms * kMergeBlocks, kAttendMergeWarps * 32, 0, current_stream(device)>>>(p);
@@ -90,11 +112,11 @@ void attend(TensorView q, TensorView k, TensorView v, TensorView o, TensorView l
   }
 }
 
-// Warps that work on an SM at a time.
-int64_t attend_warps(int64_t head_dim) {
-  return kAttendWarps * (head_dim <= 64    ? kAttendBlocksPerSm<64>
-                         : head_dim <= 128 ? kAttendBlocksPerSm<128>
-                                           : kAttendBlocksPerSm<256>);
+// Warps that work on an SM of the device at a time.
+int64_t attend_warps(int64_t head_dim, int64_t device_id) {
+  const DLDevice device = {kDLCUDA, static_cast<int32_t>(device_id)};
+  const AttendFit fits = head_dim <= 64 ? fit<64>(device) : head_dim <= 128 ? fit<128>(device) : fit<256>(device);
+  return fits.warps * fits.blocks;
 }
 
 } // namespace adrenaline

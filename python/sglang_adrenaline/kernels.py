@@ -125,9 +125,9 @@ def attend(
     module().attend(q, k, v, o, lse, slots, plan, partial_o, partial_lse, tickets, sm_scale, sms)
 
 
-def attend_warps(head_dim: int) -> int:
-    """Warps of `attend` that an SM holds at a time."""
-    return int(module().attend_warps(head_dim))
+def attend_warps(head_dim: int, device: int) -> int:
+    """Warps of `attend` that an SM of this GPU holds at a time."""
+    return int(module().attend_warps(head_dim, device))
 
 
 def warm_up(endpoints: Tensor) -> None:

@@ -16,11 +16,11 @@
 
 namespace adrenaline {
 
-constexpr int kAttendWarps = 4;       // of a block; they share nothing but its shared memory
-constexpr int kAttendTile = 16;       // tokens of a stage
-constexpr int kAttendColumns = 16;    // most query heads of a piece's lanes together
+constexpr int kAttendWarps = 4;                  // most of a block; they share nothing
+constexpr int kAttendTile = 16;                  // tokens of a stage
+constexpr int kAttendColumns = 16;               // most query heads of a piece's lanes together
 constexpr int kAttendParts = kAttendColumns / 8; // products have eight columns
-constexpr uint32_t kWhole = 0xffffffff; // row of a member that has the whole answer of its lane
+constexpr uint32_t kWhole = 0xffffffff;          // row of a member that has the whole answer of its lane
 
 struct AttendPiece {
   uint32_t slots; // index of its first slot
@@ -31,7 +31,7 @@ struct AttendPiece {
 
 struct AttendMember {
   uint32_t lane;
-  uint32_t row; // of the partial results; a lane's rows are in a row
+  uint32_t row; // of the partial results, or kWhole; those of a lane follow each other
 };
 
 struct AttendMerge {
@@ -92,11 +92,9 @@ struct alignas(512) AttendRing {
   AttendTile tiles[kAttendStages<kHeadDim>];
 };
 
+// Blocks of an SM that registers allow, which are as many as fit into the shared memory of an H100.
 template <int kHeadDim>
-constexpr int kAttendSharedBytes = kAttendWarps * static_cast<int>(sizeof(AttendRing<kHeadDim>));
-
-template <int kHeadDim>
-constexpr int kAttendBlocksPerSm = (226 << 10) / (kAttendSharedBytes<kHeadDim> + 1024);
+constexpr int kAttendBlocks = kHeadDim <= 128 ? 2 : 1;
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -222,8 +220,7 @@ struct AttendSource {
   }
 
   __device__ void draw() {
-    // Not atomicAdd: what the compiler makes of it in one thread's branch waits for the result at once.
-    if (thread == 0) asm volatile("atom.global.add.u32 %0, [%1], 1;" : "=r"(ticket) : "l"(p.tickets) : "memory");
+    if (thread == 0) ticket = atomicAdd(p.tickets, 1u);
     ahead = kDrawn;
   }
 
@@ -407,8 +404,7 @@ __device__ __forceinline__ void store_answers(const AttendParams& p, const float
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kAttendWarps * 32, kAttendBlocksPerSm<kHeadDim>)
-    attend_kernel(const AttendParams p) {
+__global__ void __launch_bounds__(kAttendWarps * 32, kAttendBlocks<kHeadDim>) attend_kernel(const AttendParams p) {
   constexpr int kStages = kAttendStages<kHeadDim>;
   constexpr int kSteps = kHeadDim / 16; // of 16 elements
   constexpr int kParts = kAttendParts;
@@ -464,7 +460,7 @@ __global__ void __launch_bounds__(kAttendWarps * 32, kAttendBlocksPerSm<kHeadDim
       store_answers<T, kHeadDim>(p, o, top, sum, member, tile, thread);
     }
   }
-  if (thread == 0 && atomicAdd(p.tickets + 1, 1u) == gridDim.x * kAttendWarps - 1) {
+  if (thread == 0 && atomicAdd(p.tickets + 1, 1u) == gridDim.x * (blockDim.x / 32) - 1) {
     p.tickets[0] = p.tickets[1] = 0; // all others have drawn their last
   }
 }

@@ -43,7 +43,7 @@ class LaneAttention:
             group=num_qo_heads // kv_heads,
             kv_heads=kv_heads,
             columns=kernels.ATTEND_COLUMNS,
-            warps=sms * kernels.attend_warps(head_dim),
+            warps=sms * kernels.attend_warps(head_dim, device.index),
         )
         self._max_rows = most_rows(lanes)
         int32 = {"dtype": torch.int32, "device": device}
