@@ -150,7 +150,7 @@ class PrefillRuntime:
         begun = time.monotonic()
         try:
             gpu_executor.warm_up(self._layers, lanes=self._lanes, num_qo_heads=self._shape.num_qo_heads)
-        except ChannelError as error:
+        except (ChannelError, ValueError) as error:
             raise ConfigError(f"attention cannot be offloaded to this server: {error}") from None
         logger.info("kernels of the attention executor are loaded after %.1f s", time.monotonic() - begun)
 
