@@ -102,7 +102,7 @@ def test_a_long_prompt_among_short_ones_is_cut():
     runs = [Run((lane,), 0, 512) for lane in range(100)] + [Run((100,), 0, 32_000)]
     words = make_plan(runs, KernelShape(4, 8, 16, 1056), 2048)
     pieces = words[8 : 8 + 4 * words[0]].reshape(-1, 4)
-    assert pieces[:, 1].max() <= 512
+    assert pieces[:, 1].max() < 2 * 512
 
 
 def test_heads_that_fill_the_warps_are_not_cut():

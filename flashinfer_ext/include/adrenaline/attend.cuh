@@ -59,7 +59,7 @@ struct AttendParams {
   float* lse;            // [lanes, num_kv_heads * group] dense, base 2
   const int32_t* slots;  // of all pieces
   const uint32_t* plan;  // AttendPlan
-  float* partial_o;      // [rows, num_kv_heads * group, head_dim]
+  float* partial_o;      // [rows, num_kv_heads * group, head_dim], elements where `partial_element` says
   float* partial_lse;    // [rows, num_kv_heads * group]
   uint32_t* tickets;     // drawn ones, warps that are done. 0 between launches
   int64_t kv_stride;
@@ -366,38 +366,68 @@ __device__ __forceinline__ void attend_tile(uint32_t stage, uint32_t tokens, flo
   }
 }
 
+// Which of a piece's members a column belongs to, and which query head of the group it is.
+struct AttendColumns {
+  uint32_t group;
+  uint32_t reciprocal; // times 2^16, the next whole number: exact for the few columns there are
+
+  __device__ explicit AttendColumns(uint32_t group) : group(group), reciprocal((1u << 16) / group + 1) {}
+  __device__ uint32_t member(uint32_t column) const { return (column * reciprocal) >> 16; }
+  __device__ uint32_t head(uint32_t column) const { return column - member(column) * group; }
+};
+
+// Partial results lie as the threads of a warp have them: which element of a head the i-th number of row thread / 4 is.
+__device__ __forceinline__ uint32_t partial_element(uint32_t row, uint32_t i) { return i / 2 * 16 + i % 2 * 8 + row; }
+
 // What a warp has for the members of a piece: to o, or to the partial results.
-template <typename T, int kHeadDim, int kParts, int kSteps>
-__device__ __forceinline__ void store_answers(const AttendParams& p, const float (&o)[kParts][kSteps][4],
-                                              const float (&top)[kParts][2], const float (&sum)[kParts][2],
-                                              const AttendMember& member, const AttendTile& tile, uint32_t thread) {
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void store_answers(const AttendParams& p, const float (&o)[kAttendParts][kHeadDim / 16][4],
+                                              const float (&top)[kAttendParts][2], const float (&sum)[kAttendParts][2],
+                                              const AttendMember& member, const AttendTile& tile,
+                                              const AttendColumns& columns, uint32_t thread) {
+  constexpr int kSteps = kHeadDim / 16;
   const uint32_t row = thread / 4, pair = (thread % 4) * 2;
-  const uint32_t num_heads = p.num_kv_heads * p.group;
+  const uint32_t num_heads = p.num_kv_heads * p.group, used = tile.num_members * p.group;
+  const bool any_whole = __any_sync(~0u, thread < tile.num_members && member.row == kWhole);
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
+  for (int part = 0; part < kAttendParts; ++part) {
+    if (part * 8 >= used) break;
+    float inverse[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t column = part * 8 + pair + i;
-      const uint32_t lane = __shfl_sync(~0u, member.lane, column / p.group);
-      const uint32_t partial = __shfl_sync(~0u, member.row, column / p.group);
+      const uint32_t lane = __shfl_sync(~0u, member.lane, columns.member(column));
+      const uint32_t partial = __shfl_sync(~0u, member.row, columns.member(column));
       const float total = sum_over_rows(sum[part][i]);
-      if (column >= tile.num_members * p.group) continue;
-      const uint32_t head = tile.head * p.group + column % p.group;
+      inverse[i] = 1.f / total;
+      if (column >= used) continue;
       const bool whole = partial == kWhole;
+      const uint32_t head = tile.head * p.group + columns.head(column);
       const int64_t at = static_cast<int64_t>(whole ? lane : partial) * num_heads + head;
       if (row == 0) (whole ? p.lse : p.partial_lse)[at] = top[part][i] + log2f(total);
-      T* out = static_cast<T*>(p.o) + at * kHeadDim + row;
-      float* partial_out = p.partial_o + at * kHeadDim + row;
+      if (whole) continue;
+      auto* to = reinterpret_cast<float4*>(p.partial_o + at * kHeadDim + row * (kHeadDim / 8));
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const float low = o[part][step][i] / total, high = o[part][step][2 + i] / total;
-        if (whole) {
-          narrow(low, out[step * 16]);
-          narrow(high, out[step * 16 + 8]);
-        } else {
-          partial_out[step * 16] = low;
-          partial_out[step * 16 + 8] = high;
-        }
+      for (int step = 0; step < kSteps; step += 2) {
+        to[step / 2] = {o[part][step][i] * inverse[i], o[part][step][2 + i] * inverse[i],
+                        o[part][step + 1][i] * inverse[i], o[part][step + 1][2 + i] * inverse[i]};
+      }
+    }
+    if (!any_whole) continue;
+    const uint32_t column = part * 8 + row; // of the transposed answers
+    const uint32_t lane = __shfl_sync(~0u, member.lane, columns.member(column));
+    const uint32_t partial = __shfl_sync(~0u, member.row, columns.member(column));
+    const bool is_ours = column < used && partial == kWhole;
+    const int64_t at = static_cast<int64_t>(lane) * num_heads + tile.head * p.group + columns.head(column);
+    auto* to = reinterpret_cast<uint32_t*>(static_cast<T*>(p.o) + at * kHeadDim + pair);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const auto& x = o[part][step];
+      const uint32_t low = transpose(pack(x[0] * inverse[0], x[1] * inverse[1], T{}));
+      const uint32_t high = transpose(pack(x[2] * inverse[0], x[3] * inverse[1], T{}));
+      if (is_ours) {
+        to[step * 8] = low;
+        to[step * 8 + 4] = high;
       }
     }
   }
@@ -414,6 +444,7 @@ __global__ void __launch_bounds__(kAttendWarps * 32, kAttendBlocks<kHeadDim>) at
   const uint32_t pair = (thread % 4) * 2; // first of two columns of accumulators
   auto& ring = reinterpret_cast<AttendRing<kHeadDim>*>(shared)[threadIdx.x / 32];
   const uint32_t num_heads = p.num_kv_heads * p.group;
+  const AttendColumns columns(p.group);
 
   AttendSource<T, kHeadDim> source(p, ring, thread);
   for (int stage = 0; stage < kStages - 1; ++stage) source.fetch(stage);
@@ -429,20 +460,20 @@ __global__ void __launch_bounds__(kAttendWarps * 32, kAttendBlocks<kHeadDim>) at
     const AttendTile tile = ring.tiles[stage];
     if (tile.tokens == 0) break;
     source.fetch(stage == 0 ? kStages - 1 : stage - 1); // into the stage of the tile before this one
-    const uint32_t columns = tile.num_members * p.group;
+    const uint32_t used = tile.num_members * p.group; // columns
 
     if (tile.ends & 1) {
       member = ring.members[stage][thread % kAttendColumns];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         const uint32_t column = part * 8 + row;
-        const uint32_t lane = __shfl_sync(~0u, member.lane, column / p.group);
-        const int64_t head = static_cast<int64_t>(lane) * num_heads + tile.head * p.group + column % p.group;
+        const uint32_t lane = __shfl_sync(~0u, member.lane, columns.member(column));
+        const int64_t head = static_cast<int64_t>(lane) * num_heads + tile.head * p.group + columns.head(column);
         const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.q) + head * kHeadDim + pair);
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-          q[part][step][0] = column < columns ? from[step * 8] : 0;
-          q[part][step][1] = column < columns ? from[step * 8 + 4] : 0;
+          q[part][step][0] = column < used ? from[step * 8] : 0;
+          q[part][step][1] = column < used ? from[step * 8 + 4] : 0;
 #pragma unroll
           for (int i = 0; i < 4; ++i) o[part][step][i] = 0.f;
         }
@@ -451,14 +482,13 @@ __global__ void __launch_bounds__(kAttendWarps * 32, kAttendBlocks<kHeadDim>) at
       }
     }
 
-    if (columns > 8) {
-      attend_tile<T, kHeadDim, 2>(shared_address(&ring.stages[stage]), tile.tokens, p.scale_log2, thread, q, o, top, sum);
+    const uint32_t at = shared_address(&ring.stages[stage]);
+    if (used > 8) {
+      attend_tile<T, kHeadDim, 2>(at, tile.tokens, p.scale_log2, thread, q, o, top, sum);
     } else {
-      attend_tile<T, kHeadDim, 1>(shared_address(&ring.stages[stage]), tile.tokens, p.scale_log2, thread, q, o, top, sum);
+      attend_tile<T, kHeadDim, 1>(at, tile.tokens, p.scale_log2, thread, q, o, top, sum);
     }
-    if (tile.ends & 2) {
-      store_answers<T, kHeadDim>(p, o, top, sum, member, tile, thread);
-    }
+    if (tile.ends & 2) store_answers<T, kHeadDim>(p, o, top, sum, member, tile, columns, thread);
   }
   if (thread == 0 && atomicAdd(p.tickets + 1, 1u) == gridDim.x * (blockDim.x / 32) - 1) {
     p.tickets[0] = p.tickets[1] = 0; // all others have drawn their last
@@ -470,7 +500,7 @@ constexpr int kAttendMergeWarps = 4;
 // A warp takes a lane's query head at a time, until all that have partial results are merged into o and lse.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kAttendMergeWarps * 32) merge_partials_kernel(const AttendParams p) {
-  constexpr int kOwn = kHeadDim / 32; // neighbouring elements of a thread
+  constexpr int kOwn = kHeadDim / 32; // neighbouring numbers of a thread
   constexpr int kAhead = 4;           // rows at a time
   const auto& plan = *reinterpret_cast<const AttendPlan*>(p.plan);
   const auto* merges = reinterpret_cast<const AttendMerge*>(p.plan + plan.merges);
@@ -516,9 +546,12 @@ __global__ void __launch_bounds__(kAttendMergeWarps * 32) merge_partials_kernel(
       }
     }
     const int64_t to = static_cast<int64_t>(merge.lane) * num_heads + head;
-    auto* out = reinterpret_cast<uint32_t*>(static_cast<T*>(p.o) + to * kHeadDim + thread * kOwn);
+    T* out = static_cast<T*>(p.o) + to * kHeadDim;
+    const float inverse = 1.f / total;
 #pragma unroll
-    for (int k = 0; k < kOwn / 2; ++k) out[k] = pack(sum[2 * k] / total, sum[2 * k + 1] / total, T{});
+    for (int k = 0; k < kOwn; ++k) {
+      narrow(sum[k] * inverse, out[partial_element(thread / 4, thread % 4 * kOwn + k)]);
+    }
     if (thread == 0) p.lse[to] = top + log2f(total);
   }
 }
