@@ -9,6 +9,7 @@
 #   profile                             python -m sglang_adrenaline.profile of both shapes
 #   attend                              test/kernel/test_attend.py: the attention kernel
 #   shares                              attention and products alone, side by side, and a copy, over SM shares (SMS)
+#   cuts                                how prompts are cut for the attention kernel, against all other cuts
 #   stalls                              launches beside another thread's copies
 #   gqa mha exactness returns           test/gpu: one model variant, both, and the restart of killed servers
 #   tp                                  test/gpu with two ranks a server, on two GPUs
@@ -89,6 +90,7 @@ for name in "$@"; do
         done
         step "shares-$heads-shared" 120 python3 benchmark/gpu_executor.py --kv-heads "$heads" --shared 384 --sms ${SMS:-16 32 64}
       done ;;
+    cuts) lines=110 step cuts 120 python3 benchmark/lane_cuts.py ;;
     profile)
       for model in "$seven" "$eight"; do
         out="$OUT/profile-$(basename "$model").json"

@@ -41,7 +41,7 @@ def check(fleet: Fleet, cases: dict, asked: list[tuple[str, int | None]], *, con
     if all(split is not None for _, split in asked):
         declined = fleet.ours.status("decode")["nacks"]
         assert totals.offloaded == sum(split != 0 for _, split in asked), f"declined since the start: {declined}"
-    if len(asked) > 1:  # one answer may well meet a tie
+    if len(asked) >= 8:  # most of a few answers may well meet a tie
         assert_compared(len(ties), len(asked))
     return len(ties)
 
@@ -108,10 +108,12 @@ def test_requests_that_join_and_leave_at_every_step_equal_stock(fleet):
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_graph_variants_of_one_batch_size_do_not_mix_up(fleet, batch):
     """Batches of one size: all offloaded, all local, all offloaded, half and half, all local."""
-    cases = {f"variants-{batch}-{i}": payload([100 + i, *range(10, 200 + i)], 20) for i in range(batch)}
     rounds = ((WHOLE,), (0,), (WHOLE,), (0, WHOLE), (0,), (WHOLE, 5))
     ties = 0
-    for splits in rounds:
+    for number, splits in enumerate(rounds):
+        first = number * batch
+        prompts = {i: [100 + i, *range(10, 200 + i)] for i in range(first, first + batch)}
+        cases = {f"variants-{batch}-{i}": payload(prompt, 20) for i, prompt in prompts.items()}
         asked = [(name, splits[i % len(splits)]) for i, name in enumerate(cases)]
         ties += check(fleet, cases, asked, concurrency=batch)
-    assert_compared(ties, len(rounds) * len(cases))
+    assert_compared(ties, len(rounds) * batch)

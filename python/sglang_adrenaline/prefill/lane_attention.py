@@ -58,16 +58,17 @@ class LaneAttention:
         """After the last plan's copies: until then its host buffer and the slots it read must stay."""
         self._held: list[Tensor] = []
 
-    def plan(self, runs: Sequence[Run], slots: Mapping[int, Tensor]) -> None:
+    def plan(self, runs: Sequence[Run], slots: Mapping[int, Tensor], *, piece_tiles: int | None = None) -> None:
         """Let lanes attend to these runs of slots[lane] (int32 [n] on the device) from here on; others to nothing.
 
+        `piece_tiles` is `make_plan`'s.
         Waits for the copies of the plan before this one, which lie behind what the stream did then. Raises
         ChannelError if they are not over in time, ValueError beyond the capacity or what `within_rows` allows.
         """
         total = sum(run.end - run.begin for run in runs)
         if total > self.capacity:
             raise ValueError(f"{total} slots for an attention that was made for {self.capacity}")
-        words = make_plan(runs, self._shape, self._max_rows)
+        words = make_plan(runs, self._shape, self._max_rows, piece_tiles)
         if not await_event(self._copied, _PLAN_WAIT_S):
             raise ChannelError(f"the GPU has not got to the executor's last plan within {_PLAN_WAIT_S:g} s")
         self._plan_pinned[: len(words)] = torch.from_numpy(words)

@@ -25,11 +25,14 @@ TILE = 16
 
 _LEAST_TILES = 8
 """Of a piece that is cut off."""
-_PIECE_TILES = 2.0
-_PARTIAL_TILES = 2.0
-"""What a piece takes besides its tiles, and a query head's partial result: in tiles of a warp."""
-_LAST_PIECES = 0.3
-"""How much of the longest piece warps wait for each other at the end. These three: the best over cuts measured on an H200."""
+_PIECE_TILES = 3.0
+_PARTIAL_TILES = 0.25
+"""What a piece takes besides its tiles, and a query head's partial result, in tiles of a warp."""
+_LAST_PIECES = 0.4
+"""How much of a usual piece the warps wait for each other at the end.
+
+These three choose best among the cuts that were timed on an H200 (docs/gpu-results.md, "How prompts are cut").
+"""
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,13 @@ def within_rows(runs: Sequence[Run], rows: int) -> Sequence[Run]:
     return [Run((lane,), 0, end) for lane, end in ends.items()]
 
 
-def make_plan(runs: Sequence[Run], shape: KernelShape, max_rows: int) -> npt.NDArray[np.int32]:
+def make_plan(
+    runs: Sequence[Run], shape: KernelShape, max_rows: int, piece_tiles: int | None = None
+) -> npt.NDArray[np.int32]:
     """The words of a plan (AttendPlan in attend.cuh) for runs whose slots lie one behind the other.
 
-    No runs: a plan of no pieces. Raises ValueError unless `within_rows` has nothing against the runs.
+    `piece_tiles`: most tiles of a piece, for measurements; None: what is estimated to be fastest. No runs: a plan of no
+    pieces. Raises ValueError unless `within_rows` has nothing against the runs.
     """
     if not runs:
         return np.array([0, HEADER_WORDS, HEADER_WORDS, 0, HEADER_WORDS, 0, 0, 0], dtype=np.int32)
@@ -90,7 +96,7 @@ def make_plan(runs: Sequence[Run], shape: KernelShape, max_rows: int) -> npt.NDA
     tokens = (starts[1:] - starts[:-1])[run_of]
     tiles = -(-tokens // TILE)
 
-    limit = _piece_tiles(tiles, sizes, shape)
+    limit = piece_tiles or _piece_tiles(tiles, sizes, shape)
     while True:
         cuts = -(-tiles // limit)
         if _partial_rows(np.repeat(lanes_of, np.repeat(cuts, sizes))) <= max_rows:
@@ -128,15 +134,16 @@ def make_plan(runs: Sequence[Run], shape: KernelShape, max_rows: int) -> npt.NDA
 
 
 def _piece_tiles(tiles: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], shape: KernelShape) -> int:
-    """Most tiles of a piece: what is estimated to end first. `tiles`, `sizes`: of each run's lanes that share a piece."""
+    """Most tiles of a piece: what is estimated to end first. `tiles` and `sizes` (its lanes) are of each bundle."""
     mean = int(tiles.sum()) * shape.kv_heads / shape.warps
 
     def estimate(limit: int) -> float:
         """When the last warp is done, in the time of a tile."""
         cuts = -(-tiles // limit)
+        lengths = -(-tiles // cuts)
         of_a_warp = int(cuts.sum()) * shape.kv_heads / shape.warps
-        longest = int((-(-tiles // cuts)).max())
-        products = min(math.ceil(of_a_warp) * longest, max(longest, mean + _LAST_PIECES * longest))
+        longest, usual = int(lengths.max()), float(np.median(np.repeat(lengths, cuts)))
+        products = min(math.ceil(of_a_warp) * longest, max(longest, mean + _LAST_PIECES * usual))
         partial = int((cuts * sizes)[cuts > 1].sum()) * shape.qo_heads / shape.warps
         return products + _PIECE_TILES * max(1.0, of_a_warp) + _PARTIAL_TILES * partial
 
