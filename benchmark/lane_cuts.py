@@ -16,6 +16,7 @@ import statistics
 
 import numpy as np
 import torch
+from gpu_executor import median_ms
 
 from sglang_adrenaline.channel.cuda_graph import CudaGraph
 from sglang_adrenaline.prefill.executor import LayerKV
@@ -24,7 +25,7 @@ from sglang_adrenaline.prefill.lane_plan import TILE
 from sglang_adrenaline.prefill.shared_runs import Run
 from sglang_adrenaline.prefill.sm_partition import SmPartition
 
-LAYERS, QO_HEADS, HEAD_DIM, SLOTS = 4, 32, 128, 110_000
+LAYERS, QO_HEADS, HEAD_DIM, SLOTS, REPEATS = 4, 32, 128, 110_000, 5
 PARTS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32, 64)
 """Into how many pieces the longest prompt is cut."""
 
@@ -42,18 +43,6 @@ def workloads() -> dict[str, list[int]]:
         "200 lognormal": mixed.tolist(),
         "2 x 8192, 150 x 256": [8192] * 2 + [256] * 150,
     }
-
-
-def timed_us(graph: CudaGraph, repeats: int = 5) -> float:
-    times = []
-    for _ in range(repeats + 2):
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before.record()
-        graph.launch()
-        after.record()
-        after.synchronize()
-        times.append(before.elapsed_time(after) * 1e3 / LAYERS)
-    return statistics.median(times[2:])
 
 
 class Work:
@@ -94,11 +83,15 @@ class Work:
             tiles = -(-max(self.tokens) // TILE)
             for limit in {max(4, int(-(-tiles // parts))) for parts in PARTS}:
                 attention.plan(self.runs, self.slots, piece_tiles=limit)
-                by_cut[limit * TILE] = timed_us(graph)
+                by_cut[limit * TILE] = self._layer_us(graph, stream)
             attention.plan(self.runs, self.slots)
-            own = timed_us(graph)
+            own = self._layer_us(graph, stream)
             graph.free()
         return by_cut, own
+
+    @staticmethod
+    def _layer_us(graph: CudaGraph, stream: torch.cuda.Stream) -> float:
+        return median_ms(graph.launch, stream, REPEATS) * 1e3 / LAYERS
 
     def _attend(self, attention: LaneAttention) -> None:
         for layer in range(LAYERS):

@@ -95,10 +95,10 @@ class GpuMachine:
         from sglang_adrenaline.prefill.sm_partition import SmPartition
 
         context = 512
-        pools = self._pools(self.attention_rows * context)
+        tokens = self.attention_rows * context
+        pools = self._pools(tokens)
         products = self._products(PREFILL_ROWS)
         whole_s = self._work(products).alone_s
-        tokens = self.attention_rows * context
         read_bytes = tokens * self._model.kv_token_bytes * len(pools) / self._model.num_layers
         points = []
         for count in self._sm_counts:
