@@ -182,7 +182,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     worked_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0
     """What it has taken of the device so far, on a clock that stands while prefill has it; 0: not measured."""
     read_tokens: Count = 0
-    """Prefix tokens that it has attended to in that time, each step's once."""
+    """Prefix tokens that steps attended to in that time; what requests of a step share, once."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):

@@ -182,7 +182,7 @@ def test_steps_without_a_change_are_not_planned_again(decode, peer):
         session.step(list(range(9, -1, -1)))
     status = peer.ask("status")
     assert status["plans"] == plans and status["steps_done"] == 21
-    assert status["read_tokens"] == 21 * sum(100 * lane + 1 for lane in range(10))
+    assert status["read_tokens"] == 21 * 901  # each lane's slots begin with those of the one before
     assert 0 < status["busy_s"] < 21 * 0.1 and session.end.local_span_s > 0
 
 

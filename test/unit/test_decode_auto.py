@@ -1,6 +1,7 @@
 """Ratio auto in decode: decisions from numbers, who takes decode's memory, what measured steps tell the policy."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from sglang_adrenaline import policy
 from sglang_adrenaline.cost_model import CostModel
 from sglang_adrenaline.decode.auto import Admission, Here, LoadDecider, There, most_utilisation
+from sglang_adrenaline.decode.by_load import prefill_now
 from sglang_adrenaline.decode.memory import ConstantReserve, Promised
+from sglang_adrenaline.decode.offload import Offload
 from sglang_adrenaline.decode.prefixes import BLOCK_TOKENS, KeptPrefixes, block_names
 from sglang_adrenaline.decode.step_times import (
     OBSERVE_STEPS,
@@ -21,6 +24,7 @@ from sglang_adrenaline.decode.step_times import (
     RemotePart,
     StepTimes,
 )
+from sglang_adrenaline.messages import Stats
 from sglang_adrenaline.policy import PrefillLoad
 from sglang_adrenaline.policy.sm_share import MARGIN, predicted_ttft_s
 from sglang_adrenaline.profile_data import datasheet_profile
@@ -30,7 +34,7 @@ RESERVE = 512
 LIMIT = 1024
 """Of answers; a constant reserve does not look at it."""
 POOL = 216_000
-IDLE_PREFILL = There(pool_tokens=POOL, pinned_tokens=0, attended_tokens=0, lanes=256, lanes_in_use=0, prefill_load=0.0)
+IDLE_PREFILL = There(pool_tokens=POOL, pinned_tokens=0, read_tokens=0, lanes=256, lanes_in_use=0, prefill_load=0.0)
 
 
 def decider(**settings) -> LoadDecider:
@@ -157,7 +161,7 @@ def test_admission_any_order_of_events_counts_each_request_once(events):
 
 def test_answered_lengths_raise_what_local_attention_is_expected_to_read():
     """A young batch of equal answers: what it will read decides, so more is offloaded than by what it reads now."""
-    young, fleet = here(rows=100, used=10_000), there(attended_tokens=30_000, lanes_in_use=80)
+    young, fleet = here(rows=100, used=10_000), there(read_tokens=30_000, lanes_in_use=80)
     fresh, experienced = decider(), decider()
     for _ in range(20):
         experienced.answered(512)
@@ -169,7 +173,7 @@ def test_answered_lengths_raise_what_local_attention_is_expected_to_read():
 
 
 def test_observe_long_waits_slow_the_executors_rate_down():
-    auto, reading = decider(), there(attended_tokens=200_000, lanes_in_use=100)
+    auto, reading = decider(), there(read_tokens=200_000, lanes_in_use=100)
     before = auto.predict(150, 120_000, reading)
     part = before.remote["a"]
     remote_s, trip_s = part.attention_s, part.round_trip_s
@@ -247,9 +251,42 @@ def test_kept_prefixes_know_the_longest_common_beginning_in_whole_blocks(events)
             if place == where
         ]
         assert kept.leading(where, block_names(asked)) == max(alike, default=0) // BLOCK_TOKENS * BLOCK_TOKENS
+        ends = {
+            rid: [tuple(prefix[:end]) for end in range(BLOCK_TOKENS, len(prefix) + 1, BLOCK_TOKENS)]
+            for rid, (place, prefix) in model.items()
+            if place == where
+        }
+        saved = sum(map(len, ends.values())) - len({end for each in ends.values() for end in each})
+        assert kept.shared_tokens([*ends, "nobody"]) == saved * BLOCK_TOKENS
     for rid in list(model):
         kept.drop(rid)
     assert not kept._kept and not kept._by_request
+
+
+def test_prefill_now_reads_what_requests_share_once():
+    """Two on one prefix of 128 tokens, of which one has gone on, and one whose split was its own wish, on link 3."""
+    kept, link = KeptPrefixes(), SimpleNamespace(index=3, lanes=8)
+    stats = Stats(pool_tokens=POOL, free_tokens=0, pinned_tokens=500, pinned_requests=3, lanes=8, lanes_in_use=3)
+    peers = [SimpleNamespace(name="a", stats_at=10.0, stats=stats, link=link)]
+
+    def offload(rid: str, tokens: int, where: SimpleNamespace, ready_at: float = 5.0) -> Offload:
+        one = Offload(SimpleNamespace(rid=rid), 0, ("", 0), tokens, tokens, 0.0, forced=False, link=where)
+        one.ready_at = ready_at
+        return one
+
+    kept.keep("first", 3, block_names([7] * 200))
+    kept.keep("second", 3, block_names([7] * 128))
+    kept.keep("elsewhere", 4, block_names([7] * 128))
+    ours = [offload("first", 200, link), offload("second", 150, link), offload("wish", 130, link)]
+    other = offload("elsewhere", 128, SimpleNamespace(index=4, lanes=8))
+    late = offload("late", 30, link, ready_at=11.0)
+    ((name, now),) = prefill_now([*ours, late, other], peers, kept).items()
+    assert (name, now.read_tokens, now.lanes_in_use) == ("a", 200 + (150 - 128) + 130 + 30, 4)
+    assert now.pinned_tokens == 500 + 30
+    kept.drop("first")
+    assert prefill_now(ours[1:], peers, kept)["a"].read_tokens == 150 + 130
+    grown = now.with_one_more(70)
+    assert (grown.read_tokens, grown.pinned_tokens, grown.lanes_in_use) == (452, 600, 5)
 
 
 @given(st.floats(1e-3, 1.0), st.floats(1e-3, 10.0))
@@ -319,7 +356,7 @@ def test_step_times_of_two_links_take_the_span_without_a_wait_for_local_attentio
 
 def test_observe_measured_rates_change_decisions_and_predictions_after_one_window():
     """Local attention takes twice, the executor half of what data sheets say."""
-    auto, reading = decider(), there(attended_tokens=100_000, lanes_in_use=100)
+    auto, reading = decider(), there(read_tokens=100_000, lanes_in_use=100)
     before = auto.predict(150, 120_000, reading)
     part = before.remote["a"]
     assert auto.decide("r", prompt(4096), LIMIT, "a", here(rows=150, used=95_000), reading).split == 0
@@ -366,7 +403,7 @@ def test_decide_prompts_that_are_still_computed_hold_memory_but_take_no_time_of_
         for _ in range(100):
             auto.stepped(running, 100)
         full = here(rows=100, used=POOL - 100 * RESERVE - 520)
-        peers = there(attended_tokens=168_000, lanes_in_use=100)
+        peers = there(read_tokens=168_000, lanes_in_use=100)
         return auto.decide("r", prompt(512), LIMIT, "a", full, peers)
 
     assert decided(100) is None

@@ -31,10 +31,10 @@ def parts(request):
     decode.close()
 
 
-def ask(decode) -> torch.Tensor:
-    """lse of one row on lane 2."""
-    decode.begin_step([2])
-    decode.send_q(0, torch.randn(1, 2, 8))
+def ask(decode, lanes=(2,)) -> torch.Tensor:
+    """lse of one row on each of these lanes."""
+    decode.begin_step(lanes)
+    decode.send_q(0, torch.randn(len(lanes), 2, 8))
     return decode.recv(0)[1]
 
 
@@ -51,12 +51,13 @@ def test_reads_are_counted_with_the_time_that_they_took(parts):
     executor, decode, _ = parts
     assert (executor.busy_s, executor.worked_s, executor.read_tokens) == (0.0, 0.0, 0)
     executor.attach(2, torch.tensor([3, 5, 6]), np.array([3, 5, 6]))
+    executor.attach(1, torch.tensor([3, 5, 7, 8]), np.array([3, 5, 7, 8]))
     begun = time.monotonic()
-    for _ in range(4):
-        ask(decode)
+    for lanes in ([2], [1, 2], [2, 3], [1]):
+        ask(decode, lanes)
     took_s = time.monotonic() - begun
     executor.stop("counted")  # the last answer is there a little before it is counted
-    assert executor.read_tokens == 12 and 0.0 < executor.busy_s < took_s + 0.1
+    assert executor.read_tokens == 3 + 5 + 3 + 4 and 0.0 < executor.busy_s < took_s + 0.1
     assert 0.0 < executor.worked_s < took_s + 0.1
 
 

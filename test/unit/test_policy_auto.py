@@ -45,7 +45,7 @@ peers = st.builds(
     policy.PrefillView,
     pool_tokens=st.integers(1_000, 200_000),
     pinned_tokens=tokens,
-    attended_tokens=tokens,
+    read_tokens=tokens,
     lanes_free=st.integers(0, 3),
     attention_rate=rates,
     round_trip_s=overheads,
@@ -74,11 +74,8 @@ settings = st.builds(
     split_tokens=st.integers(1, 4_000),
     max_rows=st.integers(1, 600),
     slo_tpot_s=st.none() | st.floats(1e-3, 0.2),
-    shared_read=st.booleans(),
 )
-IDLE = {
-    "a": policy.PrefillView(pool_tokens=100_000, pinned_tokens=0, attended_tokens=0, lanes_free=9, attention_rate=6e6)
-}
+IDLE = {"a": policy.PrefillView(pool_tokens=100_000, pinned_tokens=0, read_tokens=0, lanes_free=9, attention_rate=6e6)}
 BUSY = policy.DecodeView(
     pool_tokens=100_000, free_tokens=50_000, local_tokens=50_000, rows=80, attention_rate=6e6, linear_s=0.0045
 )
@@ -109,13 +106,18 @@ def test_decide_hidden_split_is_never_what_the_step_waits_for(state, request, de
 
     def time_of(name, read):
         rate = fleet[name].attention_rate * state.rate_of(name)
-        return state.trip_s(name, fleet[name].round_trip_s) + (fleet[name].attended_tokens + read) / rate
+        return state.trip_s(name, fleet[name].round_trip_s) + (fleet[name].read_tokens + read) / rate
 
-    own = time_of("a", decision.split - (request.shared_tokens if rules.shared_read else 0))
-    # A prompt too short to be split may be waited for, if not as long as local attention with all of it would take.
-    stays = request.prompt_len if request.prompt_len < 2 * rules.split_tokens else request.prompt_len - decision.split
+    new = decision.split - request.shared_tokens
+    if new <= 0:  # it takes the executor no time
+        return
+    own = time_of("a", new)
+    # One with too little that is new to be split may be waited for, if not as long as local attention with all of it
+    # would take.
+    short = request.prompt_len - request.shared_tokens < 2 * rules.split_tokens
+    stays = request.prompt_len if short else request.prompt_len - decision.split
     local = (decode.local_tokens + stays) / (decode.attention_rate * state.local_pace.rate)
-    others = [time_of(name, 0) for name in fleet if name != "a" and fleet[name].attended_tokens]
+    others = [time_of(name, 0) for name in fleet if name != "a" and fleet[name].read_tokens]
     assert own <= max([local, *others]) + 2 / fleet["a"].attention_rate / min(state.rate_of("a"), 1) + 1e-9
 
 
@@ -124,8 +126,8 @@ def test_decide_waits_only_for_prefixes_of_its_own(state, request, decode, fleet
     """What it waits for ends by itself, so nothing waits for ever."""
     decision, _ = policy.decide_by_load(state, request, "a", decode, fleet, rules)
     if decision.reason is policy.Reason.WAIT:
-        assert decision.split == 0 and decode.rows > 0 and fleet["a"].attended_tokens > 0
-        nothing = {name: msgspec.structs.replace(view, attended_tokens=0) for name, view in fleet.items()}
+        assert decision.split == 0 and decode.rows > 0 and fleet["a"].read_tokens > 0
+        nothing = {name: msgspec.structs.replace(view, read_tokens=0) for name, view in fleet.items()}
         free, _ = policy.decide_by_load(state, request, "a", decode, nothing, rules)
         assert free.reason is not policy.Reason.WAIT
 
@@ -133,7 +135,7 @@ def test_decide_waits_only_for_prefixes_of_its_own(state, request, decode, fleet
 def test_decide_full_prefill_is_waited_for_by_a_batch_of_cheap_rows_only():
     """340 rows whose prompts are all remote: one with its prompt here costs a step three times what a row does."""
     replace, request = msgspec.structs.replace, policy.Request(prompt_len=512)
-    full = replace(IDLE["a"], pool_tokens=190_000, pinned_tokens=174_000, attended_tokens=174_000, attention_rate=12e6)
+    full = replace(IDLE["a"], pool_tokens=190_000, pinned_tokens=174_000, read_tokens=174_000, attention_rate=12e6)
     cheap = replace(
         BUSY, rows=340, local_tokens=87_000, linear_s=0.009, linear_row_s=25e-6, under_s=0.011, growth_tokens=512
     )
@@ -187,6 +189,24 @@ def test_decide_shared_prefix_never_offloads_less_than_a_fresh_one(state, reques
     assert split(state, request, decode, fleet, rules) >= split(state, fresh, decode, fleet, rules)
 
 
+def test_decide_what_the_executor_reads_anyway_takes_no_time_there():
+    """The executor reads for longer than attention here takes: nothing more hides, but what is read already does.
+    Without room here a prompt goes there whole where a step then takes little longer, as it does for what is new."""
+    replace, rules = msgspec.structs.replace, policy.LoadSettings()
+    fleet = {"a": replace(IDLE["a"], read_tokens=60_000, pinned_tokens=60_000)}
+
+    def decided(decode, shared):
+        request = policy.Request(prompt_len=4096, shared_tokens=shared, cached_tokens=shared)
+        return policy.decide_by_load(policy.LoadState(), request, "a", decode, fleet, rules)[0]
+
+    assert decided(BUSY, 0) == policy.Decision(0, policy.Reason.LEVEL)
+    assert decided(BUSY, 2000) == policy.Decision(2000, policy.Reason.HIDDEN)
+    full = replace(BUSY, free_tokens=10, linear_s=0.02, linear_row_s=1e-5)
+    assert decided(full, 0).reason is policy.Reason.OVERFLOW
+    assert decided(full, 0).split == pytest.approx(2190, abs=1), "0.03 s * 81 / 80, less what is read in 0.02 and 0.01"
+    assert decided(full, 2000) == policy.Decision(4096, policy.Reason.OVERFLOW)
+
+
 @given(st.lists(st.tuples(requests, decodes, fleets), max_size=20), settings)
 def test_decide_same_sequence_decides_alike_on_every_rank(sequence, rules):
     def run():
@@ -219,7 +239,7 @@ def test_decide_equal_instances_end_up_balanced():
     state, local, remote = policy.LoadState(), 0, 0
     for _ in range(20):
         decode = msgspec.structs.replace(BUSY, local_tokens=local, rows=1)
-        fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=remote, pinned_tokens=remote)}
+        fleet = {"a": msgspec.structs.replace(IDLE["a"], read_tokens=remote, pinned_tokens=remote)}
         decision, state = policy.decide_by_load(
             state, policy.Request(prompt_len=500), "a", decode, fleet, policy.LoadSettings()
         )
@@ -234,7 +254,7 @@ def test_decide_single_long_prompt_is_split_where_both_sides_take_equally_long()
 
 
 def test_decide_other_instance_sets_the_level_fills_up_to_it():
-    fleet = IDLE | {"b": msgspec.structs.replace(IDLE["a"], attended_tokens=30_000)}
+    fleet = IDLE | {"b": msgspec.structs.replace(IDLE["a"], read_tokens=30_000)}
     decode = msgspec.structs.replace(BUSY, local_tokens=1_000)
     decision, _ = policy.decide_by_load(
         policy.LoadState(), policy.Request(prompt_len=20_000), "a", decode, fleet, policy.LoadSettings()
@@ -244,7 +264,7 @@ def test_decide_other_instance_sets_the_level_fills_up_to_it():
 
 def test_decide_full_decode_memory_overflows_until_the_slo():
     full = msgspec.structs.replace(BUSY, free_tokens=100, local_tokens=60_000, linear_s=0.03)
-    fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=60_000, pinned_tokens=60_000)}
+    fleet = {"a": msgspec.structs.replace(IDLE["a"], read_tokens=60_000, pinned_tokens=60_000)}
     request = policy.Request(prompt_len=700)
 
     def at(rules):
@@ -257,7 +277,7 @@ def test_decide_full_decode_memory_overflows_until_the_slo():
 
 def test_decide_full_decode_memory_where_remote_reads_cost_more_than_rows_save_waits():
     full = msgspec.structs.replace(BUSY, free_tokens=100, local_tokens=60_000, linear_s=0.0045)
-    fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=60_000, pinned_tokens=60_000)}
+    fleet = {"a": msgspec.structs.replace(IDLE["a"], read_tokens=60_000, pinned_tokens=60_000)}
     decision, _ = policy.decide_by_load(
         policy.LoadState(), policy.Request(prompt_len=700), "a", full, fleet, policy.LoadSettings()
     )
@@ -270,7 +290,7 @@ def test_decide_no_room_here_and_an_idle_prefill_is_not_left_idle():
     request = policy.Request(prompt_len=700)
 
     def at(load, **changed):
-        fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=60_000, prefill_load=load)}
+        fleet = {"a": msgspec.structs.replace(IDLE["a"], read_tokens=60_000, prefill_load=load)}
         decode = msgspec.structs.replace(full, **changed)
         return policy.decide_by_load(policy.LoadState(), request, "a", decode, fleet, policy.LoadSettings())[0]
 
@@ -282,7 +302,7 @@ def test_decide_no_room_here_and_an_idle_prefill_is_not_left_idle():
 
 def test_decide_full_decode_memory_of_which_less_is_read_overflows_sooner():
     full = msgspec.structs.replace(BUSY, free_tokens=100, local_tokens=60_000, linear_s=0.014)
-    fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=60_000, pinned_tokens=60_000)}
+    fleet = {"a": msgspec.structs.replace(IDLE["a"], read_tokens=60_000, pinned_tokens=60_000)}
     keeps = msgspec.structs.replace(full, kept_tokens=30_000)
     request = policy.Request(prompt_len=700)
     reasons = [
@@ -317,7 +337,7 @@ def test_decide_executor_that_takes_more_of_the_device_never_gets_more(state, re
 def test_decide_executor_is_charged_for_the_time_in_which_it_had_the_device():
     """Prefill leaves it half of the time. It takes long for want of the device, or because it needs it for long."""
     request, rules = policy.Request(prompt_len=900), policy.LoadSettings()
-    fleet = {"a": msgspec.structs.replace(IDLE["a"], prefill_load=0.5, attended_tokens=20_000)}
+    fleet = {"a": msgspec.structs.replace(IDLE["a"], prefill_load=0.5, read_tokens=20_000)}
     half = {"a": Pace(0.01, 0.02)}
     waits = policy.LoadState(paces=half)
     works = policy.LoadState(paces=half, work_paces=half)
@@ -355,7 +375,7 @@ def test_decide_those_who_wait_behind_a_request_press_as_well():
 
 def test_decide_reused_prefixes_keep_room_from_fresh_ones():
     state, rules = policy.LoadState(reuse=1.0), policy.LoadSettings(reuse_reserve=0.25)
-    fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=49_900, pinned_tokens=49_900)}
+    fleet = {"a": msgspec.structs.replace(IDLE["a"], read_tokens=49_900, pinned_tokens=49_900)}
     fresh = policy.Request(prompt_len=900)
     reused = policy.Request(prompt_len=900, cached_tokens=800)
     assert split(policy.LoadState(), fresh, BUSY, fleet, rules) == 900
@@ -382,7 +402,7 @@ def test_decide_short_prompt_goes_where_the_step_is_shorter_with_it():
     local = remote = 0
     for _ in range(4):
         decode = msgspec.structs.replace(BUSY, local_tokens=local, rows=1, attention_rate=2e6)
-        fleet = {"a": msgspec.structs.replace(IDLE["a"], attended_tokens=remote, pinned_tokens=remote)}
+        fleet = {"a": msgspec.structs.replace(IDLE["a"], read_tokens=remote, pinned_tokens=remote)}
         decision, state = policy.decide_by_load(
             state, policy.Request(prompt_len=500), "a", decode, fleet, policy.LoadSettings()
         )
@@ -575,7 +595,7 @@ def test_observe_peers_in_any_order_give_the_same_rates(order):
 
 def test_bounds_paper_formulas():
     peer = policy.PrefillView(
-        pool_tokens=100_000, pinned_tokens=30_000, attended_tokens=0, lanes_free=1, attention_rate=3e6
+        pool_tokens=100_000, pinned_tokens=30_000, read_tokens=0, lanes_free=1, attention_rate=3e6
     )
     bounds = policy.offload_bounds(BUSY, [peer, peer], policy.LoadSettings(), rows_max=180, rows_slo=100)
     assert (bounds.memory, bounds.bandwidth, bounds.compute) == (1.8, 1.0, 0.8)

@@ -106,7 +106,6 @@ def test_from_rows_and_from_slots_make_the_same_plan():
     starts, ends = torch.tensor([10, 0, 250]), torch.tensor([200, 0, 251])
     by_rows = RaggedPlan.from_rows(table, torch.tensor([1, 0, 0], dtype=torch.int32), starts, ends)
     by_slots = RaggedPlan.from_slots([table[1, 10:200].long(), torch.empty(0).long(), table[0, 250:251].long()])
-    assert by_rows.num_tokens == by_slots.num_tokens == 191
     assert by_rows.has_empty
     assert by_slots.has_empty
     assert [g.slots.tolist() for g in by_rows.groups] == [g.slots.tolist() for g in by_slots.groups]

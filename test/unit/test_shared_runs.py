@@ -49,6 +49,8 @@ def test_runs_cover_each_slot_of_each_lane_once_and_share_what_is_equal(operatio
         parts = [have[lane][run.begin : run.end] for lane in run.lanes]
         assert all((part == parts[0]).all() for part in parts)
         assert len(run.lanes) == 1 or run.end - run.begin >= min_shared
+    beginnings = {tuple(have[lane][: end + 1]) for lane in wanted for end in range(len(have[lane]))}
+    assert shared.distinct_tokens(lanes) == len(beginnings)
     # No two lanes read a long run apart that they could read together.
     for a in wanted:
         for b in wanted - {a}:
@@ -86,4 +88,4 @@ def test_short_beginnings_are_not_told():
 
 @pytest.mark.parametrize("lanes", [[], [4]])
 def test_nothing_to_attend_to(lanes):
-    assert SharedRuns().runs(lanes) == []
+    assert SharedRuns().runs(lanes) == [] and SharedRuns().distinct_tokens(lanes) == 0

@@ -82,11 +82,10 @@ loads = st.lists(st.tuples(st.floats(0, 3), st.integers(1, 6_000), st.integers(1
     st.sampled_from([(1, 1, 1), (2, 2, 1), (2, 1, 2)]),
     st.booleans(),
     st.booleans(),
-    st.booleans(),
 )
-def test_fleet_any_load_finishes_every_request_and_leaves_nothing(lengths, offload, xpyd, blocks, arrival, shared):
+def test_fleet_any_load_finishes_every_request_and_leaves_nothing(lengths, offload, xpyd, blocks, arrival):
     prefills, decodes, groups = xpyd
-    fleet = fleet_of(offload, prefills=prefills, decodes=decodes, groups=groups, at_arrival=arrival, shared_read=shared)
+    fleet = fleet_of(offload, prefills=prefills, decodes=decodes, groups=groups, at_arrival=arrival)
     requests = requests_of(lengths, blocks)
     fleet.run(requests)
     for request in requests:
@@ -96,7 +95,7 @@ def test_fleet_any_load_finishes_every_request_and_leaves_nothing(lengths, offlo
         assert not instance.waiting
     for prefills_of, decodes_of in getattr(fleet, "groups", []):
         for prefill in prefills_of:
-            assert (prefill.pinned, prefill.attended, prefill.kept, prefill.reading) == (0, 0, 0, 0)
+            assert (prefill.pinned, prefill.kept, prefill.reading) == (0, 0, 0)
             assert (prefill.lanes_in_use, prefill.cache.pins) == (0, {})
         for decode in decodes_of:
             assert (decode.active, decode.coming_local, decode.local_prompts, decode.remote_rows) == (0, 0, 0, 0)

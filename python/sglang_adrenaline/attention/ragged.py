@@ -74,7 +74,6 @@ class RaggedPlan:
     """Which KV slots each row attends to. Immutable but for its scratch; build with `from_rows` or `from_slots`."""
 
     num_rows: int
-    num_tokens: int
     views: tuple[_View, ...]
     groups: tuple[_Group, ...]
     split_views: tuple[_View, ...]  # runs of rows that are in a group as well
@@ -121,7 +120,6 @@ def _build(flat: np.ndarray, lens: np.ndarray, scratch: Scratch) -> RaggedPlan:
     alone, split = _by_rest(views, rest)
     return RaggedPlan(
         num_rows=len(lens),
-        num_tokens=int(lens.sum()),
         views=alone,
         groups=tuple(groups),
         split_views=split,

@@ -53,8 +53,8 @@ class There:
     pool_tokens: int
     pinned_tokens: int
     """Pinned by its last report, and promised to us since."""
-    attended_tokens: int
-    """Prefixes of our requests that it keeps or was asked to keep."""
+    read_tokens: int
+    """Of the prefixes of our requests that it keeps or was asked to keep, what their rows share once."""
     lanes: int
     lanes_in_use: int
     prefill_load: float
@@ -62,12 +62,12 @@ class There:
     executor_share: float = WHOLE_DEVICE
     """SMs that are the executor's, as share of the device; WHOLE_DEVICE: shared with prefill."""
 
-    def with_one_more(self, tokens: int, new_tokens: int) -> There:
+    def with_one_more(self, new_tokens: int) -> There:
         """After one more request was offered; new_tokens: of its prefix, those that nothing keeps there yet."""
         return replace(
             self,
             pinned_tokens=self.pinned_tokens + new_tokens,
-            attended_tokens=self.attended_tokens + tokens,
+            read_tokens=self.read_tokens + new_tokens,
             lanes_in_use=self.lanes_in_use + 1,
         )
 
@@ -206,15 +206,13 @@ class LoadDecider:
     def predict(self, rows: int, local_tokens: int, there: Mapping[str, There]) -> Predicted:
         """A decode step that reads so much here; `there`: with the lanes and prefixes that it reads."""
         state = self.state
-        reading = {name: peer for name, peer in there.items() if peer.attended_tokens}
+        reading = {name: peer for name, peer in there.items() if peer.read_tokens}
         parts = {
-            name: RemotePart(
-                peer.attended_tokens, peer.attended_tokens / self._rate(peer), self._trip_s(peer.lanes_in_use)
-            )
+            name: RemotePart(peer.read_tokens, peer.read_tokens / self._rate(peer), self._trip_s(peer.lanes_in_use))
             for name, peer in reading.items()
         }
         measured = [
-            (peer.attended_tokens, self._rate(peer) * state.rate_of(name), state.trip_s(name, parts[name].round_trip_s))
+            (peer.read_tokens, self._rate(peer) * state.rate_of(name), state.trip_s(name, parts[name].round_trip_s))
             for name, peer in reading.items()
         ]
         read = local_tokens / state.local_pace.rate
@@ -250,7 +248,7 @@ class LoadDecider:
         return policy.PrefillView(
             pool_tokens=peer.pool_tokens,
             pinned_tokens=peer.pinned_tokens,
-            attended_tokens=peer.attended_tokens,
+            read_tokens=peer.read_tokens,
             lanes_free=max(peer.lanes - peer.lanes_in_use, 0),
             attention_rate=self._rate(peer),
             round_trip_s=self._trip_s(peer.lanes_in_use + 1),

@@ -80,9 +80,10 @@ class ByLoad:
         if self._times.add(took):
             running = compat.running_requests(self._scheduler)
             self.decider.stepped(len(running), compat.num_admitted(self._scheduler))
-            there = prefill_now(offloads, peers, reading=True)
+            reads = [offload for offload in offloads if offload.state is OffloadState.READY]
             tokens = sum(compat.prompt_len(req) + compat.output_len(req) for req in running)
-            local = tokens - sum(peer.attended_tokens for peer in there.values())
+            local = tokens - sum(offload.remote_prefix_len for offload in reads)
+            there = prefill_now(reads, peers, self.kept)
             self._times.predicted(self.decider.predict(len(running), max(local, 0), there))
         for seen in self._times.observations(_totals(link) for link in links if link.alive):
             self.decider.observe(seen)
@@ -104,7 +105,9 @@ class ByLoad:
             cached_tokens=shared,
             local_cached_tokens=compat.locked_prefix_len(self._scheduler, offload.req),
         )
-        there = self._there = self._there or prefill_now(offloads, peers, reading=False)
+        if self._there is None:
+            self._there = prefill_now([each for each in offloads if each.holds_prefix], peers, self.kept)
+        there = self._there
         limit = compat.answer_limit(offload.req)
         name = link.peer.name
         here = replace(self._here, undecided=self._undecided)
@@ -115,7 +118,7 @@ class ByLoad:
             offload.shared_tokens = min(shared, decision.split)
             self.kept.keep(compat.rid(offload.req), link.index, offload.block_names[: decision.split // BLOCK_TOKENS])
             if name in there:
-                there[name] = there[name].with_one_more(decision.split, decision.split - offload.shared_tokens)
+                there[name] = there[name].with_one_more(decision.split - offload.shared_tokens)
         return decision
 
     def _decode_now(self) -> Here:
@@ -144,13 +147,11 @@ def _totals(link: Link) -> LinkTotals:
     )
 
 
-def prefill_now(offloads: Iterable[Offload], peers: Iterable[Peer], *, reading: bool) -> dict[str, There]:
-    """Connected prefill instances that have reported; `reading`: with what they read in steps now, not with all
-    that they keep or were asked to keep for us."""
+def prefill_now(offloads: Iterable[Offload], peers: Iterable[Peer], kept: KeptPrefixes) -> dict[str, There]:
+    """Connected prefill instances that have reported, with the prefixes of these offloads."""
     held: dict[int, list[Offload]] = {}
     for offload in offloads:
-        counts = offload.state is OffloadState.READY if reading else offload.holds_prefix
-        if counts and offload.link is not None:
+        if offload.link is not None:
             held.setdefault(offload.link.index, []).append(offload)
     there = {}
     for peer in peers:
@@ -165,7 +166,7 @@ def prefill_now(offloads: Iterable[Offload], peers: Iterable[Peer], *, reading: 
         there[peer.name] = There(
             pool_tokens=stats.pool_tokens,
             pinned_tokens=stats.pinned_tokens + since,
-            attended_tokens=sum(o.remote_prefix_len for o in ours),
+            read_tokens=sum(o.remote_prefix_len for o in ours) - kept.shared_tokens(compat.rid(o.req) for o in ours),
             lanes=link.lanes,
             lanes_in_use=len(ours),
             prefill_load=stats.prefill_load,

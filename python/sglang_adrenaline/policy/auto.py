@@ -4,15 +4,17 @@ In a step, attention over the suffixes here and over the prefixes of each prefil
 
     t_local = local / rate_d            t_i = round_trip_i + remote_i / rate_i
 
-where a batch runs as two halves, t_local has the work of all layers on top. The step waits for the slowest of them, the
-water level. C2, the bandwidth condition: a prompt of n tokens may leave P
-on instance i as long as t_i stays under the level, which is raised by the n - P that stay here:
+where remote_i has what rows share once, as executors read it, and t_local, where a batch runs as two halves, the work
+of all layers on top. The step waits for the slowest of them, the water level. C2, the bandwidth condition: a prompt of
+n tokens may leave P on instance i as long as t_i stays under the level, which is raised by the n - P that stay here:
 
     P <= (level of the other instances - round_trip_i) * rate_i - remote_i
     or P <= ((local + n) / rate_d - round_trip_i - remote_i / rate_i) / (1 / rate_i + 1 / rate_d)
+    or P <= what of it is read there for other rows anyway, which remote_i leaves out above
 
-A prompt too short to be split goes where the step is shorter with it: there, if t_i with all of it stays under what the
-level would be with all of it here. Rates are the profile's as measured steps correct them (`feedback.py`).
+A prompt with too little that is new there to be split goes where the step is shorter with it: there, if t_i with all of
+it stays under what the level would be with all of it here. Rates are the profile's as measured steps correct them
+(`feedback.py`).
 
 C1, the memory condition: P fits under the cap on pinned tokens. A request that finds no room here, or takes what those
 behind it need, makes one wait. It goes remote beyond the hidden part, within C1, if that gains throughput, as long as
@@ -151,9 +153,9 @@ def decide_by_load(
         overflow = 0.0
         if pressed:
             limit = math.inf if _starves(request, decode, peer, settings) else spare
-            overflow = min(_overflow(state, decode, peer, settings), limit)
+            overflow = min(_overflow(state, request, decode, peer, settings), limit)
         decision = _decide(request, hidden, overflow, decode, peer, settings)
-        if decision.reason is Reason.CAP and peer.attended_tokens and _dilutes(state, request, decode, prefill):
+        if decision.reason is Reason.CAP and peer.read_tokens and _dilutes(state, request, decode, prefill):
             decision = Decision(0, Reason.WAIT)
         if level <= spare and decision.reason in (Reason.LEVEL, Reason.HIDDEN):
             limited = decision.reason is Reason.LEVEL
@@ -211,29 +213,30 @@ def _hidden(
 ) -> float:
     """Tokens of this prompt that instance `target` can take without becoming what the step waits for.
 
-    Of a prompt too short to be split: all, where that is better than none.
+    Of a prompt with too little that is new there to be split: all, where that is better than none. What is read there
+    anyway the step waits for or not, whoever else shares it.
     """
     others = 0.0
     for name, view in prefill.items():
-        if name != target and view.attended_tokens:
-            others = max(others, view.round_trip_s + view.attended_tokens / view.attention_rate)
+        if name != target and view.read_tokens:
+            others = max(others, view.round_trip_s + view.read_tokens / view.attention_rate)
     peer = prefill[target]
     rate = peer.attention_rate
-    remote = _read_after(request, peer, settings)
+    remote = _read_besides(request, peer)
     local = decode.local_tokens if decode.expected_tokens is None else decode.expected_tokens
     local_s = (local + request.prompt_len) / decode.attention_rate + decode.under_s
-    if request.prompt_len < 2 * settings.split_tokens:
+    if request.prompt_len - request.shared_tokens < 2 * settings.split_tokens:
         whole = (max(others, local_s) - peer.round_trip_s) * rate - remote
         if whole > request.prompt_len:
             return whole
     fill = (others - peer.round_trip_s) * rate - remote
     balance = (local_s - peer.round_trip_s - remote / rate) / (1.0 / rate + 1.0 / decode.attention_rate)
-    return max(fill, balance, 0.0)
+    return max(fill, balance, request.shared_tokens)
 
 
-def _read_after(request: Request, peer: PrefillView, settings: LoadSettings) -> int:
-    """Tokens the executor reads in a step beside those of this request that it does not read anyway."""
-    return peer.attended_tokens - (request.shared_tokens if settings.shared_read else 0)
+def _read_besides(request: Request, peer: PrefillView) -> int:
+    """Tokens the executor reads in a step besides this request's: what it reads for others anyway costs no more."""
+    return peer.read_tokens - request.shared_tokens
 
 
 def _spare(
@@ -250,10 +253,10 @@ def _spare(
     if peer.prefill_load <= 0.0:
         return math.inf
     part = max(1.0 - peer.prefill_load / settings.prefill_utilisation, 0.0)
-    attention_s = max(decode.local_tokens / decode.attention_rate, peer.attended_tokens / peer.attention_rate)
+    attention_s = max(decode.local_tokens / decode.attention_rate, peer.read_tokens / peer.attention_rate)
     step_s = _fixed_s(state, decode.linear_s) + decode.duty * attention_s
     # By the time that it has the device: it reads slower than that where prefill takes its part of the time.
-    return part * step_s * work_rate - decode.duty * _read_after(request, peer, settings)
+    return max(part * step_s * work_rate - decode.duty * _read_besides(request, peer), request.shared_tokens)
 
 
 def _starves(request: Request, decode: DecodeView, peer: PrefillView, settings: LoadSettings) -> bool:
@@ -272,14 +275,16 @@ def _worth(request: Request, decode: DecodeView, peer: PrefillView) -> bool:
     """Whether a balanced split of all attention would save more than offloading costs; what is begun goes on longer."""
     total_s = (decode.local_tokens + request.prompt_len) / decode.attention_rate
     saved_s = total_s * peer.attention_rate / (peer.attention_rate + decode.attention_rate)
-    return saved_s > (peer.overhead_s / 2 if peer.attended_tokens else peer.overhead_s)
+    return saved_s > (peer.overhead_s / 2 if peer.read_tokens else peer.overhead_s)
 
 
-def _overflow(state: LoadState, decode: DecodeView, peer: PrefillView, settings: LoadSettings) -> float:
+def _overflow(
+    state: LoadState, request: Request, decode: DecodeView, peer: PrefillView, settings: LoadSettings
+) -> float:
     """Tokens that a request may leave remote as one more row: within B_max, the SLO, and without loss of throughput."""
     duty, rate = decode.duty, peer.attention_rate
     fixed_s = _fixed_s(state, decode.linear_s) - decode.rows * decode.linear_row_s
-    rows, read = duty * decode.rows, duty * peer.attended_tokens
+    rows, read = duty * decode.rows, duty * peer.read_tokens
     used = decode.pool_tokens - decode.kept_tokens
     if rows >= settings.max_rows or duty * used > fixed_s * rate:
         return 0.0
@@ -293,12 +298,12 @@ def _overflow(state: LoadState, decode: DecodeView, peer: PrefillView, settings:
     attention_s = longest_s - linear_s - decode.linear_row_s
     if attention_s < local_s:
         return 0.0
-    return max((attention_s - peer.round_trip_s) * rate - read, 0.0)
+    return max((attention_s - peer.round_trip_s) * rate - duty * _read_besides(request, peer), request.shared_tokens)
 
 
 def _dilutes(state: LoadState, request: Request, decode: DecodeView, prefill: Mapping[str, PrefillView]) -> bool:
     """Whether one more local row makes each token of the batch take longer."""
-    remote_s = max(view.round_trip_s + view.attended_tokens / view.attention_rate for view in prefill.values())
+    remote_s = max(view.round_trip_s + view.read_tokens / view.attention_rate for view in prefill.values())
     tokens = decode.local_tokens if decode.expected_tokens is None else decode.expected_tokens
     linear_s = _fixed_s(state, decode.linear_s)
 

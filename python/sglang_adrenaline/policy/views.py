@@ -62,8 +62,8 @@ class PrefillView(msgspec.Struct, frozen=True, kw_only=True):
     pool_tokens: int
     pinned_tokens: int
     """Pinned or reserved for all decode instances, each slot once."""
-    attended_tokens: int
-    """Tokens that its executor reads in a step of each of its decode instances, together."""
+    read_tokens: int
+    """Tokens that its executor reads in a step of each of its decode instances, together; what rows share, once."""
     lanes_free: int
     attention_rate: float
     """Of the executor on its share of the device."""
@@ -92,8 +92,6 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_rows: int = 1 << 30
     """B_max: offloading does not enlarge a batch beyond it."""
     slo_tpot_s: float | None = None
-    shared_read: bool = False
-    """Whether the executor reads a prefix once for all requests that share it."""
     reuse_reserve: float = 0.25
     """Share of the hidden room that is kept for requests with a reused prefix while all requests have one."""
     reuse_weight: float = 0.05

@@ -19,7 +19,7 @@ import torch
 from sglang_adrenaline.attention.ragged import RaggedPlan, attend
 from sglang_adrenaline.channel.base import Call, ExecutorEnd
 from sglang_adrenaline.errors import ChannelError
-from sglang_adrenaline.prefill.shared_runs import Slots
+from sglang_adrenaline.prefill.shared_runs import SharedRuns, Slots
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class AttentionExecutor(Protocol):
 
     @property
     def read_tokens(self) -> int:
-        """Prefix tokens that were attended to in that time, each step's once, not once a layer."""
+        """Prefix tokens that steps attended to in that time, not once a layer; what lanes of a step share, once."""
 
     def stop(self, reason: str) -> None:
         """End the executor; when this returns no KV is read any more."""
@@ -90,8 +90,10 @@ class ThreadExecutor:
         self._on_failure = on_failure
         self._lock = threading.Lock()  # held while a layer is computed: detach() must outlast a running read
         self._slots: dict[int, torch.Tensor] = {}
+        self._shared = SharedRuns()
         self._plan_lanes: tuple[int, ...] | None = None
         self._plan: RaggedPlan | None = None
+        self._plan_tokens = 0
         self._plans = 0
         self._waited_s = self._busy_s = self._worked_s = 0.0
         self._read_tokens = 0
@@ -102,11 +104,13 @@ class ThreadExecutor:
     def attach(self, lane: int, slots: torch.Tensor, on_host: Slots) -> None:
         with self._lock:
             self._slots[lane] = slots
+            self._shared.add(lane, on_host)
             self._plan_lanes = None
 
     def detach(self, lane: int) -> None:
         with self._lock:
             self._slots.pop(lane, None)
+            self._shared.discard(lane)
             self._plan_lanes = None
 
     @property
@@ -161,11 +165,11 @@ class ThreadExecutor:
                         called = time.monotonic()
                         if call.layer > 0:
                             self._waited_s += called - begun
-                        read = self._answer(call)
+                        self._answer(call)
                         self._busy_s += time.monotonic() - called
                         self._worked_s = time.thread_time()
                         if call.layer == len(self._layers) - 1:
-                            self._read_tokens += read
+                            self._read_tokens += self._plan_tokens
         except ChannelError as error:
             if not self._stopping:
                 self._on_failure(str(error))  # the decode instance may be there still: it gets another channel
@@ -174,8 +178,7 @@ class ThreadExecutor:
             self._end.abort(f"attention executor failed: {error}")
             self._on_failure(f"attention executor failed: {error}")
 
-    def _answer(self, call: Call) -> int:
-        """Returns how many tokens were attended to."""
+    def _answer(self, call: Call) -> None:
         layer = self._layers[call.layer]
         with self._lock:
             if self._plan_lanes != call.lanes:
@@ -183,9 +186,9 @@ class ThreadExecutor:
                 empty = torch.empty(0, dtype=torch.int64)
                 self._plan = RaggedPlan.from_slots([self._slots.get(lane, empty) for lane in call.lanes])
                 self._plan_lanes = call.lanes
+                self._plan_tokens = self._shared.distinct_tokens(call.lanes)
                 self._plans += 1
             plan = self._plan
             assert plan is not None
             o, lse = attend(call.q, layer.k, layer.v, plan, sm_scale=layer.sm_scale, logit_cap=layer.logit_cap)
         self._end.answer(call, o, lse)
-        return plan.num_tokens

@@ -338,10 +338,10 @@ class GpuExecutor:
             self._changed = False
             runs = [within_rows(self._shared.runs(part), most_rows(self._end.shape.lanes)) for part in parts]
             slots = {lane: self._slots[lane] for part in parts for lane in part if lane in self._slots}
+            self._planned_tokens = self._shared.distinct_tokens([lane for part in parts for lane in part])
             arriving, self._arriving = self._arriving, []
         for ready in arriving:
             self._stream.wait_event(ready)
-        self._planned_tokens = sum(slots[lane].numel() for lane in slots)
         capacity = max(sum(run.end - run.begin for run in part) for part in runs)
         if capacity > self._graphs.capacity:  # many lanes that share too little to be read once
             self._grow(2 * capacity)

@@ -62,6 +62,15 @@ class SharedRuns:
 
     def runs(self, lanes: Collection[int]) -> list[Run]:
         """What these lanes attend to, each slot of each lane in one run. Unknown lanes are left out."""
+        return self._divide(*self._chosen(lanes))
+
+    def distinct_tokens(self, lanes: Collection[int]) -> int:
+        """How many slots these lanes attend to, those that several begin with once."""
+        chosen, common = self._chosen(lanes)
+        return sum(len(self._slots[lane]) for lane in chosen) - sum(common)
+
+    def _chosen(self, lanes: Collection[int]) -> tuple[list[int], list[int]]:
+        """Those of these lanes that are known, in order, with what each has in common with the one before."""
         wanted = set(lanes)
         chosen: list[int] = []
         common: list[int] = []
@@ -72,7 +81,7 @@ class SharedRuns:
                 chosen.append(lane)
                 common.append(least)
                 least = _NO_LIMIT
-        return self._divide(chosen, common)
+        return chosen, common
 
     def _divide(self, lanes: list[int], common: list[int]) -> list[Run]:
         """Of lanes in order, with what each has in common with the one before."""

@@ -58,7 +58,6 @@ def simulate(plan: options.Plan) -> tuple[list[Result], list[Samples]]:
         max_pinned_fraction=args.max_pinned_fraction,
         max_rows=plan.cost.rows_max(),
         slo_tpot_s=slo_tpot_s,
-        shared_read=args.shared_read,
     )
     runs: list[tuple[str, float | str | None]] = []
     for system in args.systems:

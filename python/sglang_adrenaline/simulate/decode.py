@@ -156,7 +156,7 @@ class Decode:
         self.prompts = self.prompts.add(request.prompt)
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
         if split:
-            self.prefills[request.prefill].pin(request, split, self.rules.settings.shared_read)
+            self.prefills[request.prefill].pin(request, split)
 
     def _decide(self, request: Req, room: Room) -> tuple[int, Any, str]:
         """(split, next state of the policy, why) for a request."""
@@ -221,7 +221,7 @@ class Decode:
         return policy.PrefillView(
             pool_tokens=peer.pool_tokens,
             pinned_tokens=peer.pinned,
-            attended_tokens=peer.attended,
+            read_tokens=peer.pinned,
             lanes_free=self._lanes(peer),
             attention_rate=peer.told_rate,
             round_trip_s=self.cost.round_trip_s(peer.lanes_in_use + 1),
@@ -275,7 +275,7 @@ class Decode:
         self.active -= 1
         self.outstanding -= 1
         if request.split:
-            self.prefills[request.prefill].unpin(request, request.split, self.rules.settings.shared_read)
+            self.prefills[request.prefill].unpin(request, request.split)
 
     def _reads(self, request: Req, sign: int) -> None:
         """The executor begins (1) or ceases (-1) to read this request's prefix."""

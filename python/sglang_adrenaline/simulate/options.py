@@ -81,7 +81,6 @@ def parser() -> OneLineParser:
         help="of a prefill device's SMs; auto: by load and TTFT SLO; 0: no partition (default)",
     )
     rules.add_argument("--executor-error", type=number(0.01, 100), default=1.0, metavar="F", help=argparse.SUPPRESS)
-    rules.add_argument("--shared-read", action="store_true", help="executors read a shared prefix once")
     rules.add_argument(
         "--reserved-decode-tokens",
         type=number(0, 1 << 20, int),

@@ -62,10 +62,9 @@ class Prefill:
         self.cache = PrefixCache()
         self.lanes_in_use = 0
         self.pinned = 0
-        self.attended = 0
-        """Tokens that its executor will read in a step once all pinned requests decode, for all decode instances."""
+        """Each slot once: what its executor will read in a step once all of these requests decode."""
         self.kept = 0
-        """The same without regard to sharing."""
+        """The same with shared slots once a request."""
         self.reading = 0
         """Of `kept`, what belongs to requests that decode now."""
         self.step_s = 0.0
@@ -117,7 +116,7 @@ class Prefill:
     @property
     def read_tokens(self) -> float:
         """What the executor reads in a step now; the running requests are taken to share as all do."""
-        return self.reading * self.attended / self.kept if self.kept else 0.0
+        return self.reading * self.pinned / self.kept if self.kept else 0.0
 
     def _speed(self) -> float:
         """Of prefill beside the executor, as share of what it reaches alone."""
@@ -129,7 +128,7 @@ class Prefill:
         duty = self.read_tokens / (self._rate_error * self.told_rate) / self.step_s if self.step_s else 0.0
         return max(1.0 - duty, 0.1)
 
-    def pin(self, request: Req, tokens: int, shared_read: bool) -> None:
+    def pin(self, request: Req, tokens: int) -> None:
         """Keep the first `tokens` of a prompt; each shared block counts once."""
         pins, fresh = self.cache.pins, 0
         blocks = request.blocks[: tokens // BLOCK_TOKENS]
@@ -138,21 +137,17 @@ class Prefill:
             pins[block] = held + 1
             fresh += not held
         request.room = tokens - len(blocks) * BLOCK_TOKENS
-        new = fresh * BLOCK_TOKENS + request.room
-        self.pinned += new
-        self.attended += new if shared_read else tokens
+        self.pinned += fresh * BLOCK_TOKENS + request.room
         self.kept += tokens
         self.lanes_in_use += 1
 
-    def unpin(self, request: Req, tokens: int, shared_read: bool) -> None:
+    def unpin(self, request: Req, tokens: int) -> None:
         pins, gone = self.cache.pins, 0
         for block in request.blocks[: tokens // BLOCK_TOKENS]:
             pins[block] -= 1
             if not pins[block]:
                 del pins[block]
                 gone += 1
-        freed = gone * BLOCK_TOKENS + request.room
-        self.pinned -= freed
-        self.attended -= freed if shared_read else tokens
+        self.pinned -= gone * BLOCK_TOKENS + request.room
         self.kept -= tokens
         self.lanes_in_use -= 1
