@@ -96,9 +96,7 @@ class ByLoad:
             self._here = self._decode_now()
             self._undecided = sum(each.split_open for each in offloads)
         self._undecided -= 1
-        if offload.block_names is None:  # once: its turn may take many loops to come
-            offload.block_names = block_names(compat.prompt_ids(offload.req))
-        shared = self.kept.leading(link.index, offload.block_names)
+        shared = self.kept.leading(link.index, _names(offload))
         request = policy.Request(
             prompt_len=offload.prompt_len,
             shared_tokens=shared,
@@ -107,19 +105,20 @@ class ByLoad:
         )
         if self._there is None:
             self._there = prefill_now([each for each in offloads if each.holds_prefix], peers, self.kept)
-        there = self._there
         limit = compat.answer_limit(offload.req)
-        name = link.peer.name
         here = replace(self._here, undecided=self._undecided)
-        decision = self.decider.decide(compat.rid(offload.req), request, limit, name, here, there)
+        decision = self.decider.decide(compat.rid(offload.req), request, limit, link.peer.name, here, self._there)
         self._turns -= 1
         self.turns_over = decision is None or self._turns == 0
-        if decision is not None and decision.split:
-            offload.shared_tokens = min(shared, decision.split)
-            self.kept.keep(compat.rid(offload.req), link.index, offload.block_names[: decision.split // BLOCK_TOKENS])
-            if name in there:
-                there[name] = there[name].with_one_more(decision.split - offload.shared_tokens)
         return decision
+
+    def offered(self, offload: Offload, link: Link) -> None:
+        """The prefill instance was asked to keep the offload's prefix, by load or because the request wished so."""
+        names, tokens, peer = _names(offload), offload.remote_prefix_len, link.peer.name
+        offload.shared_tokens = min(self.kept.leading(link.index, names), tokens)
+        self.kept.keep(compat.rid(offload.req), link.index, names[: tokens // BLOCK_TOKENS])
+        if self._there is not None and peer in self._there:
+            self._there[peer] = self._there[peer].with_one_more(tokens - offload.shared_tokens)
 
     def _decode_now(self) -> Here:
         running = compat.running_requests(self._scheduler)
@@ -131,6 +130,13 @@ class ByLoad:
             rows=compat.num_admitted(self._scheduler),
             running=len(running),
         )
+
+
+def _names(offload: Offload) -> list[int]:
+    """Of the prompt's blocks; worked out once, since a request's turn may take many loops to come."""
+    if offload.block_names is None:
+        offload.block_names = block_names(compat.prompt_ids(offload.req))
+    return offload.block_names
 
 
 def _totals(link: Link) -> LinkTotals:

@@ -59,9 +59,9 @@ class Offload:
     split_open: bool = False
     """`remote_prefix_len` is decided by load, on the first rank, when the request's turn comes; not agreed on yet."""
     shared_tokens: int = 0
-    """Of the remote prefix: kept for other requests already when this one was decided by load."""
+    """Of the remote prefix: kept for other requests already when this one was offered. Known where ratio is auto."""
     block_names: list[int] | None = None
-    """Of the prompt (`prefixes.py`), where it is decided by load; None before."""
+    """Of the prompt (`prefixes.py`); None before anybody asked."""
     state: OffloadState = OffloadState.UNDECIDED
     word: Word = Word.WAITING
     link: Link | None = None

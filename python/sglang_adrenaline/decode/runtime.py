@@ -243,6 +243,8 @@ class DecodeRuntime:
         offload.link = link
         offload.created_at = time.monotonic()
         self._peers.use(link)
+        if self._by_load is not None:
+            self._by_load.offered(offload, link)
         self._will_take(offload, offload.prompt_len - offload.remote_prefix_len)
         link.send(
             messages.Offer(
