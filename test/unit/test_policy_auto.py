@@ -109,14 +109,16 @@ def test_decide_hidden_split_is_never_what_the_step_waits_for(state, request, de
         return state.trip_s(name, fleet[name].round_trip_s) + (fleet[name].read_tokens + read) / rate
 
     new = decision.split - request.shared_tokens
-    if new <= 0:  # it takes the executor no time
+    local_rate = decode.attention_rate * state.local_pace.rate
+    new_s = new / (fleet["a"].attention_rate * state.rate_of("a"))
+    if new_s < 0.1 * request.prompt_len / local_rate:  # it takes the executor no time worth mentioning
         return
     own = time_of("a", new)
     # One with too little that is new to be split may be waited for, if not as long as local attention with all of it
     # would take.
     short = request.prompt_len - request.shared_tokens < 2 * rules.split_tokens
     stays = request.prompt_len if short else request.prompt_len - decision.split
-    local = (decode.local_tokens + stays) / (decode.attention_rate * state.local_pace.rate)
+    local = (decode.local_tokens + stays) / local_rate
     others = [time_of(name, 0) for name in fleet if name != "a" and fleet[name].read_tokens]
     assert own <= max([local, *others]) + 2 / fleet["a"].attention_rate / min(state.rate_of("a"), 1) + 1e-9
 
@@ -201,6 +203,8 @@ def test_decide_what_the_executor_reads_anyway_takes_no_time_there():
 
     assert decided(BUSY, 0) == policy.Decision(0, policy.Reason.LEVEL)
     assert decided(BUSY, 2000) == policy.Decision(2000, policy.Reason.HIDDEN)
+    assert decided(BUSY, 3600) == policy.Decision(3072, policy.Reason.HIDDEN), "the rest is worth attending to here"
+    assert decided(BUSY, 3776) == policy.Decision(4096, policy.Reason.HIDDEN), "320 * 1.1 < 0.1 * 4096"
     full = replace(BUSY, free_tokens=10, linear_s=0.02, linear_row_s=1e-5)
     assert decided(full, 0).reason is policy.Reason.OVERFLOW
     assert decided(full, 0).split == pytest.approx(2190, abs=1), "0.03 s * 81 / 80, less what is read in 0.02 and 0.01"

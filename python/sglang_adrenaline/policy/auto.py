@@ -13,8 +13,13 @@ n tokens may leave P on instance i as long as t_i stays under the level, which i
     or P <= what of it is read there for other rows anyway, which remote_i leaves out above
 
 A prompt with too little that is new there to be split goes where the step is shorter with it: there, if t_i with all of
-it stays under what the level would be with all of it here. Rates are the profile's as measured steps correct them
-(`feedback.py`).
+it stays under what the level would be with all of it here. So does one of which next to nothing is new there, though it
+be what the step waits for: attention to all of it here would hide on the mean, but not in every step. With c for what
+hidden work costs, as share of its time:
+
+    (1 + c) * new / rate_i < c * n / rate_d
+
+Rates are the profile's as measured steps correct them (`feedback.py`).
 
 C1, the memory condition: P fits under the cap on pinned tokens. A request that finds no room here, or takes what those
 behind it need, makes one wait. It goes remote beyond the hidden part, within C1, if that gains throughput, as long as
@@ -225,10 +230,15 @@ def _hidden(
     remote = _read_besides(request, peer)
     local = decode.local_tokens if decode.expected_tokens is None else decode.expected_tokens
     local_s = (local + request.prompt_len) / decode.attention_rate + decode.under_s
-    if request.prompt_len - request.shared_tokens < 2 * settings.split_tokens:
+    new = request.prompt_len - request.shared_tokens
+    if new < 2 * settings.split_tokens:
         whole = (max(others, local_s) - peer.round_trip_s) * rate - remote
         if whole > request.prompt_len:
             return whole
+        if (
+            1.0 + settings.hidden_cost
+        ) * new / rate < settings.hidden_cost * request.prompt_len / decode.attention_rate:
+            return request.prompt_len
     fill = (others - peer.round_trip_s) * rate - remote
     balance = (local_s - peer.round_trip_s - remote / rate) / (1.0 / rate + 1.0 / decode.attention_rate)
     return max(fill, balance, request.shared_tokens)
