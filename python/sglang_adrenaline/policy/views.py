@@ -93,7 +93,7 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     """B_max: offloading does not enlarge a batch beyond it."""
     slo_tpot_s: float | None = None
     hidden_cost: float = 0.1
-    """What work costs that hides under other work, as share of its time: it hides on the mean, but not in every step."""
+    """What work costs that hides under other work, as share of its time: it hides on the mean, not in every step."""
     reuse_reserve: float = 0.25
     """Share of the hidden room that is kept for requests with a reused prefix while all requests have one."""
     reuse_weight: float = 0.05
