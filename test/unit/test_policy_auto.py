@@ -298,9 +298,9 @@ def test_decide_no_room_here_and_an_idle_prefill_is_not_left_idle():
         decode = msgspec.structs.replace(full, **changed)
         return policy.decide_by_load(policy.LoadState(), request, "a", decode, fleet, policy.LoadSettings())[0]
 
-    assert at(0.9, computing=0) == policy.Decision(700, policy.Reason.OVERFLOW)
-    assert at(0.9, computing=1).split == 0, "prefill has something to do"
-    assert at(0.9).split == 0, "it may have"
+    assert at(0.8, computing=0) == policy.Decision(700, policy.Reason.OVERFLOW)
+    assert at(0.8, computing=1).split == 0, "prefill has something to do"
+    assert at(0.8).split == 0, "it may have"
     assert at(1.1, computing=0).split == 0, "it does not keep up"
 
 

@@ -32,17 +32,27 @@ def queries(rows: int, dtype: torch.dtype, seed: int = 1):
 
 
 def slots_of(length: int, shape: str, seed: int) -> torch.Tensor:
-    """Distinct slots: one `run`, `scattered`, or a `mixed` row as a prompt and its decoded tokens leave it."""
+    """Distinct slots: one `run`, `scattered`, a `mixed` row as a prompt and its decoded tokens leave it, or `pieces` of
+    a prompt that was written in two parts into a pool in use."""
     generator = torch.Generator().manual_seed(seed)
     if shape == "mixed":
         run = 2 * length // 3
         rest = POOL - 1 - torch.randperm(POOL // 3, generator=generator)[: length - run]
         cut = int(torch.randint(0, length - run + 1, (1,), generator=generator))
         return torch.cat([rest[:cut], torch.arange(7, 7 + run), rest[cut:]])
+    if shape == "pieces":
+        first = 2 * length // 5
+        tail = POOL - 1 - torch.randperm(POOL // 3, generator=generator)[: length // 5]
+        return torch.cat([torch.arange(900, 900 + first), torch.arange(7, 7 + length - first - len(tail)), tail])
     if shape == "run":
         start = int(torch.randint(0, POOL - length + 1, (1,), generator=generator))
         return torch.arange(start, start + length)
     return torch.randperm(POOL, generator=generator)[:length]
+
+
+def views_of(plan: RaggedPlan) -> list[tuple[tuple[int, ...], int, int]]:
+    views = [*plan.views, *(view for merge in plan.merges for view in merge.views)]
+    return sorted((view.rows, view.start, view.stop) for view in views)
 
 
 def check(q, k, v, slots, o, lse, *, logit_cap=0.0):
@@ -60,7 +70,7 @@ lengths = st.one_of(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.lists(st.tuples(lengths, st.sampled_from(["run", "scattered", "mixed"])), min_size=1, max_size=9),
+    rows=st.lists(st.tuples(lengths, st.sampled_from(["run", "scattered", "mixed", "pieces"])), min_size=1, max_size=9),
     dtype=st.sampled_from(list(TOLERANCE)),
     logit_cap=st.sampled_from([0.0, 0.0, 5.0]),
     seed=st.integers(0, 1000),
@@ -86,7 +96,7 @@ def test_attend_to_prefix_and_suffix_merged_equals_the_whole(rows, dtype, seed):
     lens = torch.tensor([n for n, _ in rows])
     splits = torch.tensor([round(n * share) for n, share in rows])
     table = torch.stack(
-        [slots_of(500, ("run", "scattered", "mixed")[(seed + i) % 3], seed + i) for i in range(len(rows))]
+        [slots_of(500, ("run", "scattered", "mixed", "pieces")[(seed + i) % 4], seed + i) for i in range(len(rows))]
     ).to(torch.int32)
     index, zeros = torch.arange(len(rows)), torch.zeros_like(lens)
     q = queries(len(rows), dtype, seed)
@@ -133,7 +143,7 @@ def test_long_ascending_run_is_read_in_place_and_a_shuffled_one_is_not():
     swapped[[3, 4]] = swapped[[4, 3]]
     assert len(RaggedPlan.from_slots([swapped]).views) == 0
     plan = RaggedPlan.from_slots([torch.tensor([9, 4]), torch.cat([run, torch.tensor([7, 5])])])
-    assert [(view.rows, view.start, view.stop) for view in plan.split_views] == [((1,), 100, 100 + VIEW_MIN_TOKENS)]
+    assert views_of(plan) == [((1,), 100, 100 + VIEW_MIN_TOKENS)]
     assert [group.slots.tolist() for group in plan.groups] == [[9, 4, 7, 5]]
     assert len(RaggedPlan.from_slots([torch.arange(10), torch.arange(20, 20 + VIEW_MIN_TOKENS)]).views) == 1
 
@@ -194,7 +204,21 @@ def test_a_run_that_rows_share_is_read_once():
         prefix[:VIEW_MIN_TOKENS],  # sharing no more than this would have the others read again
     ]
     plan = RaggedPlan.from_slots(rows)
-    views = sorted((view.rows, view.start, view.stop) for view in (*plan.views, *plan.split_views))
-    assert views == [((0, 1), 100, 600), ((2,), 1000, 1400), ((3,), 100, 600), ((4,), 100, 100 + VIEW_MIN_TOKENS)]
+    assert views_of(plan) == [
+        ((0, 1), 100, 600), ((2,), 1000, 1400), ((3,), 100, 600), ((4,), 100, 100 + VIEW_MIN_TOKENS)
+    ]  # fmt: skip
     q, (k, v) = queries(len(rows), torch.float32), pool(torch.float32)
     check(q, k, v, rows, *attend(q, k, v, plan, sm_scale=SCALE))
+
+
+def test_every_long_run_of_a_shared_prefix_is_read_once():
+    """A prefix in three parts, as a pool in use leaves it: the short part is gathered with what follows it."""
+    parts = [torch.arange(500, 800), torch.arange(40, 60), torch.arange(1000, 1000 + VIEW_MIN_TOKENS)]
+    rows = [torch.cat([*parts, torch.tensor([2000 + 3 * row, 9])]) for row in range(4)]
+    plan = RaggedPlan.from_slots([*rows, torch.cat([parts[0], parts[2]])])
+    assert [view.rows for view in plan.views] == [(4,)], "nothing of it is gathered"
+    second = ((0, 1, 2, 3, 4), 1000, 1000 + VIEW_MIN_TOKENS)
+    assert views_of(plan) == [((0, 1, 2, 3), 500, 800), second, ((4,), 500, 800)]
+    assert [group.width for group in plan.groups] == [22]
+    q, (k, v) = queries(5, torch.float32), pool(torch.float32)
+    check(q, k, v, [*rows, torch.cat([parts[0], parts[2]])], *attend(q, k, v, plan, sm_scale=SCALE))

@@ -3,9 +3,9 @@
 `RaggedPlan` holds all that does not depend on the layer: which slots each row attends to, how rows are grouped, masks.
 The decode side builds one per step, the attention executor one per change of its set of requests. `attend` runs one
 layer. PyTorch's flash kernel does the arithmetic (float32 accumulation for every dtype): the queries of one KV head
-stand in for its query length, so grouped heads cost no copies of KV. Each row's longest ascending run of slots, as a
-prompt leaves it, is read in place, once for all rows that share it; what remains is gathered, rows of similar length
-sharing one padded call, and the two parts are merged.
+stand in for its query length, so grouped heads cost no copies of KV. Long ascending runs of slots, as prompts leave
+them, are read in place, each once for all rows that share it; what remains is gathered, rows of similar length sharing
+one padded call, and a row's parts are merged.
 """
 
 from __future__ import annotations
@@ -70,14 +70,21 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True)
+class _Merge:
+    """Runs of rows that attend to more than these; each row is in one of them."""
+
+    views: tuple[_View, ...]
+    rows: Tensor  # int64, of the views, one view after the other
+
+
+@dataclass(frozen=True, slots=True)
 class RaggedPlan:
     """Which KV slots each row attends to. Immutable but for its scratch; build with `from_rows` or `from_slots`."""
 
     num_rows: int
-    views: tuple[_View, ...]
+    views: tuple[_View, ...]  # of rows that are in no group, for each the first
     groups: tuple[_Group, ...]
-    split_views: tuple[_View, ...]  # runs of rows that are in a group as well
-    split_rows: Tensor  # int64, the rows of split_views, one view after the other
+    merges: tuple[_Merge, ...]
     has_empty: bool
     scratch: Scratch
 
@@ -108,79 +115,96 @@ class RaggedPlan:
 
 def _build(flat: np.ndarray, lens: np.ndarray, scratch: Scratch) -> RaggedPlan:
     """flat: the slots of all rows, one row after the other; lens: slots per row."""
-    rows = _Rows(flat, np.cumsum(lens) - lens, lens, np.zeros_like(lens), np.zeros_like(lens))
-    views = rows.take_runs()
-    rest = lens - rows.hole_lens
-    gathered = sorted(np.flatnonzero(rest).tolist(), key=lambda row: rest[row], reverse=True)
+    views, taken = _take_runs(flat, lens)
+    left = np.concatenate(([0], np.cumsum(~taken)))
+    ends = np.cumsum(lens)
+    rest = _Rest(flat[~taken], left[ends - lens], left[ends] - left[ends - lens])
+    gathered = sorted(np.flatnonzero(rest.lens).tolist(), key=lambda row: rest.lens[row], reverse=True)
     groups, begin = [], 0
     for end in range(1, len(gathered) + 1):
-        if end == len(gathered) or rest[gathered[begin]] - rest[gathered[end]] > MAX_PAD_TOKENS:
-            groups.append(rows.group(np.array(sorted(gathered[begin:end]))))
+        if end == len(gathered) or rest.lens[gathered[begin]] - rest.lens[gathered[end]] > MAX_PAD_TOKENS:
+            groups.append(rest.group(np.array(sorted(gathered[begin:end]))))
             begin = end
-    alone, split = _by_rest(views, rest)
+    first, merges = _in_turn(views, set(gathered))
     return RaggedPlan(
         num_rows=len(lens),
-        views=alone,
+        views=first,
         groups=tuple(groups),
-        split_views=split,
-        split_rows=torch.tensor([row for view in split for row in view.rows], dtype=torch.int64),
+        merges=merges,
         has_empty=bool((lens == 0).any()),
         scratch=scratch,
     )
 
 
-@dataclass(slots=True)
-class _Rows:
-    """Working state of one plan. Row r is flat[offsets[r] : +lens[r]] without its hole, the run read in place."""
+def _take_runs(flat: np.ndarray, lens: np.ndarray) -> tuple[list[_View], np.ndarray]:
+    """The ascending runs that are worth a call of their own; which of `flat` they cover (bool)."""
+    taken = np.zeros(len(flat), dtype=bool)
+    if not (lens >= VIEW_MIN_TOKENS).any():
+        return [], taken
+    offsets = np.cumsum(lens) - lens
+    jumps = np.flatnonzero(np.diff(flat) != 1) + 1
+    starts = np.unique(np.concatenate((offsets[lens > 0], jumps)))
+    run_lens = np.diff(starts, append=len(flat))
+    long = np.flatnonzero(run_lens >= VIEW_MIN_TOKENS)
+    rows = np.searchsorted(offsets, starts[long], side="right") - 1  # of equal offsets, the last is not empty
+    by_slot: dict[int, dict[int, tuple[int, int]]] = {}  # first slot -> row -> (where in flat, length) of the run
+    for start, length, row in zip(starts[long].tolist(), run_lens[long].tolist(), rows.tolist(), strict=True):
+        by_slot.setdefault(int(flat[start]), {})[row] = (start, length)
+    views = []
+    for slot, runs in by_slot.items():
+        shared = _shared_length([length for _, length in runs.values()])
+        together = tuple(row for row, (_, length) in runs.items() if length >= shared)
+        views.append(_View(together, slot, slot + shared))
+        views += [_View((row,), slot, slot + length) for row, (_, length) in runs.items() if length < shared]
+        for start, length in runs.values():
+            taken[start : start + min(length, shared)] = True
+    return views, taken
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """What is left to be gathered: row r is flat[offsets[r] : +lens[r]]."""
 
     flat: np.ndarray
     offsets: np.ndarray
     lens: np.ndarray
-    hole_starts: np.ndarray  # relative to the row
-    hole_lens: np.ndarray
-
-    def take_runs(self) -> list[_View]:
-        """Cut the longest ascending run out of each row that has one worth a call of its own."""
-        long_rows = np.flatnonzero(self.lens >= VIEW_MIN_TOKENS)
-        if not len(long_rows):
-            return []
-        jumps = np.flatnonzero(np.diff(self.flat) != 1) + 1
-        starts = np.unique(np.concatenate((self.offsets[self.lens > 0], jumps)))
-        run_lens = np.diff(starts, append=len(self.flat))
-        by_slot: dict[int, dict[int, int]] = {}  # first slot -> row -> length of the run
-        for row in long_rows.tolist():
-            offset = self.offsets[row]
-            first, last = np.searchsorted(starts, (offset, offset + self.lens[row]))
-            run = first + int(run_lens[first:last].argmax())
-            if run_lens[run] >= VIEW_MIN_TOKENS:
-                self.hole_starts[row] = starts[run] - offset
-                by_slot.setdefault(int(self.flat[starts[run]]), {})[row] = int(run_lens[run])
-        views = []
-        for slot, lens in by_slot.items():
-            shared = _shared_length(lens.values())
-            together = tuple(row for row, length in lens.items() if length >= shared)
-            views.append(_View(together, slot, slot + shared))
-            views += [_View((row,), slot, slot + length) for row, length in lens.items() if length < shared]
-        for view in views:
-            self.hole_lens[list(view.rows)] = view.stop - view.start
-        return views
 
     def group(self, rows: np.ndarray) -> _Group:
-        last = (self.lens - self.hole_lens)[rows, None] - 1
+        last = self.lens[rows, None] - 1
         width = int(last.max()) + 1
         columns = np.arange(width)
-        positions = np.minimum(columns, last)
-        positions += np.where(positions >= self.hole_starts[rows, None], self.hole_lens[rows, None], 0)
         mask = None
         if last.min() + 1 < width:
             mask = torch.from_numpy(np.where(columns > last, np.float32(-np.inf), np.float32(0)))[:, None, None, :]
+        slots = self.flat[self.offsets[rows, None] + np.minimum(columns, last)]
         return _Group(
             rows=None if len(rows) == len(self.lens) else torch.from_numpy(rows),
             count=len(rows),
             width=width,
-            slots=torch.from_numpy(self.flat[self.offsets[rows, None] + positions].reshape(-1)),
+            slots=torch.from_numpy(slots.reshape(-1)),
             mask=mask,
         )
+
+
+def _in_turn(views: Sequence[_View], begun: Collection[int]) -> tuple[tuple[_View, ...], tuple[_Merge, ...]]:
+    """Views by turn, so that a row is in one view of a turn; the first turn's are of rows that nothing has `begun`."""
+    turns: list[list[_View]] = [[]]
+    next_turn = dict.fromkeys(begun, 1)
+    for view in views:
+        by_turn: dict[int, list[int]] = {}
+        for row in view.rows:
+            by_turn.setdefault(min(next_turn.get(row, 0), 1), []).append(row)
+        for begins, rows in by_turn.items():
+            turn = 0 if begins == 0 else max(next_turn[row] for row in rows)
+            turns += [[] for _ in range(turn + 1 - len(turns))]
+            turns[turn].append(_View(tuple(rows), view.start, view.stop))
+            next_turn.update(dict.fromkeys(rows, turn + 1))
+    merges = [
+        _Merge(tuple(turn), torch.tensor([row for view in turn for row in view.rows], dtype=torch.int64))
+        for turn in turns[1:]
+        if turn
+    ]
+    return tuple(turns[0]), tuple(merges)
 
 
 def _shared_length(lengths: Collection[int]) -> int:
@@ -188,17 +212,6 @@ def _shared_length(lengths: Collection[int]) -> int:
     falling = sorted(lengths, reverse=True)
     saved = [count * length for count, length in enumerate(falling)]
     return falling[max(range(len(falling)), key=lambda i: saved[i])]
-
-
-def _by_rest(views: Sequence[_View], rest: np.ndarray) -> tuple[tuple[_View, ...], tuple[_View, ...]]:
-    """The views of rows that attend to nothing else, and those of the others."""
-    parts: tuple[list[_View], list[_View]] = ([], [])
-    for view in views:
-        for part, others in zip(parts, (False, True), strict=True):
-            rows = tuple(row for row in view.rows if bool(rest[row]) is others)
-            if rows:
-                part.append(_View(rows, view.start, view.stop))
-    return tuple(parts[0]), tuple(parts[1])
 
 
 def attend(
@@ -239,13 +252,11 @@ def attend(
             o[group.rows], lse[group.rows] = _call(q[group.rows], k, v, group.mask, sm_scale, logit_cap)
     o, lse = o.view(num_rows, num_qo_heads, o.shape[-1]), lse.view(num_rows, num_qo_heads)
     lse.mul_(LOG2_E)
-    if plan.split_views:
-        parts = [
-            _read_in_place(q[view.index], k_buffer, v_buffer, view, sm_scale, logit_cap) for view in plan.split_views
-        ]
-        o_part = torch.cat([part[0] for part in parts]).reshape(len(plan.split_rows), num_qo_heads, -1)
-        lse_part = torch.cat([part[1] for part in parts]).reshape(len(plan.split_rows), num_qo_heads)
-        merge_rows_(o, lse, o_part, lse_part.mul_(LOG2_E), plan.split_rows)
+    for merge in plan.merges:
+        parts = [_read_in_place(q[view.index], k_buffer, v_buffer, view, sm_scale, logit_cap) for view in merge.views]
+        o_part = torch.cat([part[0] for part in parts]).reshape(len(merge.rows), num_qo_heads, -1)
+        lse_part = torch.cat([part[1] for part in parts]).reshape(len(merge.rows), num_qo_heads)
+        merge_rows_(o, lse, o_part, lse_part.mul_(LOG2_E), merge.rows)
     return o, lse
 
 

@@ -98,8 +98,10 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the hidden room that is kept for requests with a reused prefix while all requests have one."""
     reuse_weight: float = 0.05
     """Weight of the newest request in the running share of reused prompt tokens."""
-    prefill_utilisation: float = 1.0
-    """Prefill may be kept busy up to this share of the time that executors leave it; less for an objective of TTFT."""
+    prefill_utilisation: float = 0.85
+    """Prefill may be kept busy up to this share of the time that executors leave it; less for an objective of TTFT. The
+    rest goes to what is not in its load: a prefill server that always has prompts waiting reports 0.7 to 0.8 on a CPU
+    (docs/measurements.md)."""
     relief: float = 0.1
     """Memory pressure is over once a request fits with this share of the pool to spare."""
     wait_low: float = 0.01
