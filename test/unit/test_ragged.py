@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from sglang_adrenaline.attention.merge import merge_rows_
 from sglang_adrenaline.attention.prefill import attend_causal
-from sglang_adrenaline.attention.ragged import MAX_PAD_TOKENS, VIEW_MIN_TOKENS, RaggedPlan, Scratch, attend
+from sglang_adrenaline.attention.ragged import (
+    MAX_PAD_TOKENS,
+    SHARED_MIN_TOKENS,
+    VIEW_MIN_TOKENS,
+    RaggedPlan,
+    Scratch,
+    attend,
+)
 
 # Relative and absolute: the rounding of the output, and of the softmax weights before they meet v, to q's dtype.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -222,3 +229,15 @@ def test_every_long_run_of_a_shared_prefix_is_read_once():
     assert [group.width for group in plan.groups] == [22]
     q, (k, v) = queries(5, torch.float32), pool(torch.float32)
     check(q, k, v, [*rows, torch.cat([parts[0], parts[2]])], *attend(q, k, v, plan, sm_scale=SCALE))
+
+
+def test_a_short_run_is_read_in_place_for_enough_rows():
+    enough = 2 * VIEW_MIN_TOKENS // SHARED_MIN_TOKENS
+    rows = [
+        torch.cat([torch.arange(300, 300 + SHARED_MIN_TOKENS), torch.tensor([9 + 2 * row])]) for row in range(enough)
+    ]
+    assert views_of(RaggedPlan.from_slots(rows[1:])) == []
+    plan = RaggedPlan.from_slots(rows)
+    assert views_of(plan) == [(tuple(range(enough)), 300, 300 + SHARED_MIN_TOKENS)]
+    q, (k, v) = queries(enough, torch.float32), pool(torch.float32)
+    check(q, k, v, rows, *attend(q, k, v, plan, sm_scale=SCALE))

@@ -23,7 +23,9 @@ from sglang_adrenaline.attention.merge import merge_rows_
 LOG2_E = math.log2(math.e)
 
 VIEW_MIN_TOKENS = 192
-"""Shorter runs are cheaper gathered into a common call than attended to in one of their own."""
+"""Shorter runs are cheaper gathered into a common call than attended to in one of their own,"""
+SHARED_MIN_TOKENS = 64
+"""but for these, where as many rows share them as have twice VIEW_MIN_TOKENS together."""
 MAX_PAD_TOKENS = 64
 """Most padding a row accepts to share a call: about what a call costs."""
 
@@ -139,13 +141,13 @@ def _build(flat: np.ndarray, lens: np.ndarray, scratch: Scratch) -> RaggedPlan:
 def _take_runs(flat: np.ndarray, lens: np.ndarray) -> tuple[list[_View], np.ndarray]:
     """The ascending runs that are worth a call of their own; which of `flat` they cover (bool)."""
     taken = np.zeros(len(flat), dtype=bool)
-    if not (lens >= VIEW_MIN_TOKENS).any():
+    if not (lens >= SHARED_MIN_TOKENS).any():
         return [], taken
     offsets = np.cumsum(lens) - lens
     jumps = np.flatnonzero(np.diff(flat) != 1) + 1
     starts = np.unique(np.concatenate((offsets[lens > 0], jumps)))
     run_lens = np.diff(starts, append=len(flat))
-    long = np.flatnonzero(run_lens >= VIEW_MIN_TOKENS)
+    long = np.flatnonzero(run_lens >= SHARED_MIN_TOKENS)
     rows = np.searchsorted(offsets, starts[long], side="right") - 1  # of equal offsets, the last is not empty
     by_slot: dict[int, dict[int, tuple[int, int]]] = {}  # first slot -> row -> (where in flat, length) of the run
     for start, length, row in zip(starts[long].tolist(), run_lens[long].tolist(), rows.tolist(), strict=True):
@@ -153,11 +155,14 @@ def _take_runs(flat: np.ndarray, lens: np.ndarray) -> tuple[list[_View], np.ndar
     views = []
     for slot, runs in by_slot.items():
         shared = _shared_length([length for _, length in runs.values()])
-        together = tuple(row for row, (_, length) in runs.items() if length >= shared)
-        views.append(_View(together, slot, slot + shared))
-        views += [_View((row,), slot, slot + length) for row, (_, length) in runs.items() if length < shared]
-        for start, length in runs.values():
-            taken[start : start + min(length, shared)] = True
+        together = [row for row, (_, length) in runs.items() if length >= shared]
+        found = [(together, shared)] + [([row], length) for row, (_, length) in runs.items() if length < shared]
+        for rows_of, length in found:
+            if length >= VIEW_MIN_TOKENS or length * len(rows_of) >= 2 * VIEW_MIN_TOKENS:
+                views.append(_View(tuple(rows_of), slot, slot + length))
+                for row in rows_of:
+                    start, _ = runs[row]
+                    taken[start : start + length] = True
     return views, taken
 
 
