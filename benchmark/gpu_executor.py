@@ -30,10 +30,10 @@ from typing import Any
 
 import torch
 
+from sglang_adrenaline.attention.shared_runs import SharedRuns
 from sglang_adrenaline.channel.cuda_graph import CudaGraph
 from sglang_adrenaline.prefill.executor import LayerKV
 from sglang_adrenaline.prefill.lane_attention import LaneAttention
-from sglang_adrenaline.prefill.shared_runs import SharedRuns
 from sglang_adrenaline.prefill.sm_partition import SmPartition
 
 LANES, TOKENS, LAYERS, QO_HEADS, HEAD_DIM = 128, 512, 8, 32, 128

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from gpu_executor import median_ms
 
+from sglang_adrenaline.attention.lane_plan import TILE
+from sglang_adrenaline.attention.shared_runs import Run
 from sglang_adrenaline.channel.cuda_graph import CudaGraph
 from sglang_adrenaline.prefill.executor import LayerKV
 from sglang_adrenaline.prefill.lane_attention import LaneAttention
-from sglang_adrenaline.prefill.lane_plan import TILE
-from sglang_adrenaline.prefill.shared_runs import Run
 from sglang_adrenaline.prefill.sm_partition import SmPartition
 
 LAYERS, QO_HEADS, HEAD_DIM, SLOTS, REPEATS = 4, 32, 128, 110_000, 5
@@ -48,7 +48,7 @@ def workloads() -> dict[str, list[int]]:
 class Work:
     """One model's pools and a load's slots, scattered over them."""
 
-    def __init__(self, kv_heads: int, tokens: list[int]) -> None:
+    def __init__(self, kv_heads: int, tokens: list[int], qo_heads: int = QO_HEADS) -> None:
         cuda = {"dtype": torch.bfloat16, "device": "cuda"}
         size = (SLOTS, kv_heads, HEAD_DIM)
         self.tokens = tokens
@@ -58,9 +58,9 @@ class Work:
         slots = torch.cat([torch.randperm(SLOTS, dtype=torch.int32) for _ in range(-(-sum(tokens) // SLOTS))])
         self.slots = dict(enumerate(torch.split(slots[: sum(tokens)].cuda(), tokens)))
         self.runs = [Run((lane,), 0, count) for lane, count in enumerate(tokens)]
-        self.q = torch.randn(len(tokens), QO_HEADS, HEAD_DIM, **cuda)
+        self.q = torch.randn(len(tokens), qo_heads, HEAD_DIM, **cuda)
         self.o = torch.zeros_like(self.q)
-        self.lse = torch.zeros(len(tokens), QO_HEADS, device="cuda")
+        self.lse = torch.zeros(len(tokens), qo_heads, device="cuda")
         self.bytes_of_a_layer = sum(tokens) * kv_heads * HEAD_DIM * 2 * 2
 
     def times(self, stream: torch.cuda.Stream, sms: int) -> tuple[dict[int, float], float]:

@@ -105,7 +105,7 @@ class Load:
     def _body(self, tokens: int) -> dict[str, Any]:
         workload, number = self._workload, self._count
         self._count += 1
-        ids = self._rng.choices(range(_FIRST_ID, self._vocab_size - _FIRST_ID), k=workload.input_len)
+        ids = self._rng.choices(range(_FIRST_ID, self._vocab_size - _FIRST_ID), k=self._prompt_len())
         sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
         if workload.stream > 1:
             sampling["stream_interval"] = workload.stream
@@ -114,6 +114,12 @@ class Load:
             remote = int((number + 1) * workload.ratio) > int(number * workload.ratio)
             sampling["custom_params"] = {"adrenaline": {"remote_prefix_len": -1 if remote else 0}}
         return {"input_ids": ids, "sampling_params": sampling, "stream": True}
+
+    def _prompt_len(self) -> int:
+        mean, sigma = self._workload.input_len, self._workload.spread
+        if not sigma:
+            return mean
+        return min(max(round(mean * self._rng.lognormvariate(-sigma * sigma / 2, sigma)), 1), 8 * mean)
 
     async def _one(self, session: aiohttp.ClientSession, tokens: int) -> Record:
         url = self._urls[self._count % len(self._urls)]

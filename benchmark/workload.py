@@ -7,7 +7,8 @@
 
 Further keys: `rate` (of saturated: they open at so many a second, at random times; default all at once), `ratio` (ours
 only: share of prompts offloaded, set by the client for each request instead of by the server), `stream` (tokens an
-event; default 1), `name`.
+event; default 1), `spread` (prompts' lengths are lognormal with mean `in` and this sigma, at most 8 times the mean;
+default 0: all alike), `name`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Workload:
     seconds: float = 0.0
     ratio: float | None = None
     stream: int = 1
+    spread: float = 0.0
     name: str = ""
 
     @property
@@ -56,7 +58,8 @@ class Workload:
             "single": "one by one",
         }[self.kind]
         ratio = f", ratio {self.ratio:g}" if self.ratio is not None else ""
-        return f"{self.input_len}/{self.output_len} {load}{ratio}"
+        spread = f"~{self.spread:g}" if self.spread else ""
+        return f"{self.input_len}{spread}/{self.output_len} {load}{ratio}"
 
     @staticmethod
     def parse(text: str) -> Workload:
@@ -84,5 +87,7 @@ class Workload:
         for name in (*_NEEDS[self.kind], "input_len", "output_len", "stream"):
             if not getattr(self, name) > 0:
                 raise WorkloadError(f"{text!r}: {name} must be given and above 0")
+        if self.spread < 0:
+            raise WorkloadError(f"{text!r}: spread must not be below 0")
         if self.ratio is not None and not 0 <= self.ratio <= 1:
             raise WorkloadError(f"{text!r}: ratio must be in 0..1")

@@ -258,6 +258,25 @@ def attention_layers(model_runner: Any) -> list[AttentionLayer]:
     ]
 
 
+def write_kv_slots(
+    req_to_token: torch.Tensor,
+    rows: torch.Tensor,
+    lens: torch.Tensor,
+    indptr: torch.Tensor,
+    starts: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Slots of positions starts[i] to starts[i] + lens[i] of each of these rows, from out[indptr[i]] on.
+
+    All on one GPU, integers; indptr, out int32; starts None = 0 for all. In the order of the current stream.
+    """
+    from sglang.kernels.ops.attention.utils import create_flashinfer_kv_indices_triton
+
+    create_flashinfer_kv_indices_triton[(len(rows),)](
+        req_to_token, rows, lens, indptr, starts, out, req_to_token.shape[1]
+    )
+
+
 def model_runner(scheduler: Scheduler) -> Any:
     return scheduler.tp_worker.model_runner
 

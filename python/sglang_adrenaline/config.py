@@ -57,6 +57,8 @@ class AdrenalineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """FIRST-LAST or one port: where prefill listens for channels between hosts; 0: any free port."""
     halves_from: int = 192
     """On GPUs, decode batches of at least so many rows run as two halves in turn; 0: never."""
+    decode_attention: Literal["auto", "flashinfer", "own"] = "auto"
+    """Whose kernel attends to what decode holds itself, in CUDA graphs; auto: by the model's heads."""
     lanes: int | None = None
     """Offloaded requests that one decode instance can have on one prefill instance at a time; None: `lanes_for`."""
     executor_sms: int | Literal["auto"] = "auto"
@@ -264,6 +266,14 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="on GPUs decode batches of at least N rows run as two halves in turn, so that remote attention over one "
         "half takes place beside all of decode's work on the other (default 192; 0: never)",
+    )
+    group.add_argument(
+        "--adrenaline-decode-attention",
+        dest="decode_attention",
+        choices=("auto", "flashinfer", "own"),
+        default="auto",
+        help="decode's attention over what it holds itself, on GPUs in CUDA graphs: FlashInfer's kernel, or our own "
+        "(default auto: our own where several query heads share a KV head, which it reads faster)",
     )
     group.add_argument(
         "--adrenaline-key-file",

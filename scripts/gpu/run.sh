@@ -7,9 +7,11 @@
 # that of the worst. Logs go to $OUT/logs-FIRST-STEP.tar.gz after each step, results (JSON, PNG, table) to $OUT. Steps:
 #   kernels channel transfer executor   test/kernel, by part
 #   profile                             python -m sglang_adrenaline.profile of both shapes
-#   attend                              test/kernel/test_attend.py: the attention kernel
+#   attend                              test/kernel/test_attend.py, test_local_rows.py: the attention kernel
 #   shares                              attention and products alone, side by side, and a copy, over SM shares (SMS)
 #   cuts                                how prompts are cut for the attention kernel, against all other cuts
+#   decode                              decode's own attention: our kernel beside FlashInfer's
+#   local8b                             the same end to end, prompts of many lengths, nothing offloaded
 #   stalls                              launches beside another thread's copies
 #   gqa mha exactness returns           test/gpu: one model variant, both, and the restart of killed servers
 #   tp                                  test/gpu with two ranks a server, on two GPUs
@@ -82,7 +84,7 @@ for name in "$@"; do
     links) lines=40 step links 180 "${kernel_tests[@]}" test/kernel/test_several_links.py ;;
     transfer) lines=40 step transfer 180 "${kernel_tests[@]}" test/kernel/test_cuda_ipc_transfer.py ;;
     executor) lines=60 step executor 240 "${kernel_tests[@]}" test/kernel/test_gpu_executor.py ;;
-    attend) lines=40 step attend 180 "${kernel_tests[@]}" test/kernel/test_attend.py ;;
+    attend) lines=40 step attend 180 "${kernel_tests[@]}" test/kernel/test_attend.py test/kernel/test_local_rows.py ;;
     shares)
       for heads in 32 8; do
         for kernel in ours flashinfer; do
@@ -91,6 +93,7 @@ for name in "$@"; do
         step "shares-$heads-shared" 120 python3 benchmark/gpu_executor.py --kv-heads "$heads" --shared 384 --sms ${SMS:-16 32 64}
       done ;;
     cuts) lines=110 step cuts 120 python3 benchmark/lane_cuts.py ;;
+    decode) lines=60 step decode 120 python3 benchmark/decode_attention.py ;;
     profile)
       for model in "$seven" "$eight"; do
         out="$OUT/profile-$(basename "$model").json"
@@ -111,6 +114,13 @@ for name in "$@"; do
     compare7b)
       compare compare7b 580 "$seven" "saturated in=512 out=512 concurrency=$open seconds=$span stream=8" \
         "single in=8192 out=128 requests=3" ;;
+    local8b) # on one GPU both servers share it; prefill is idle most of the time
+      shared="--max-running-requests 160 --cuda-graph-max-bs-decode 160 --mem-fraction-static 0.8 --max-total-tokens 260000"
+      systems=(adrenaline:0:local)
+      for kernel in flashinfer own; do
+        ADRENALINE_ARGS="--adrenaline-decode-attention $kernel" SERVER_ARGS="$shared" \
+          compare "local8b-$kernel" 220 "$eight" "burst in=1024 out=512 requests=120 spread=1 stream=8"
+      done ;;
     ttft8k) compare ttft8k 400 "$seven" "rate in=8192 out=8 rate=1 requests=20" ;;
     compare8b)
       compare compare8b 580 "$eight" "saturated in=4096 out=512 concurrency=$open seconds=$span stream=8" \

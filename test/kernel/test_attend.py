@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
+from sglang_adrenaline.attention.lane_plan import most_rows, within_rows
+from sglang_adrenaline.attention.shared_runs import SharedRuns
 from sglang_adrenaline.channel.cuda_graph import CudaGraph
 from sglang_adrenaline.prefill.executor import LayerKV
 from sglang_adrenaline.prefill.lane_attention import LaneAttention
-from sglang_adrenaline.prefill.lane_plan import most_rows, within_rows
-from sglang_adrenaline.prefill.shared_runs import SharedRuns
 
 NUM_SLOTS = 20_000
 SMS = 132

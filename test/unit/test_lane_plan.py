@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_adrenaline.prefill.lane_plan import WHOLE, KernelShape, make_plan, max_words, within_rows
-from sglang_adrenaline.prefill.shared_runs import Run
+from sglang_adrenaline.attention.lane_plan import WHOLE, KernelShape, make_plan, max_words, within_rows
+from sglang_adrenaline.attention.shared_runs import Run
 
 
 @st.composite

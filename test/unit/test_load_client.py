@@ -118,6 +118,14 @@ def test_ratio_is_met_by_whole_prompts(ratio, remote):
     assert wishes.count(-1) == remote and wishes.count(0) == 10 - remote
 
 
+def test_spread_prompts_have_their_mean_and_differ():
+    server = Server()
+    drive(server, Workload("burst", 20, 1, requests=400, spread=1.0))
+    lengths = [len(body["input_ids"]) for body in server.bodies]
+    assert 1 <= min(lengths) < 5 and 40 < max(lengths) <= 160
+    assert 15 < sum(lengths) / len(lengths) < 25
+
+
 def test_ratio_is_not_told_to_stock_servers():
     server = Server()
     drive(server, Workload("burst", 3, 2, requests=2, ratio=0.5, stream=4), offload=False)
@@ -144,6 +152,7 @@ def test_workload_text_is_parsed():
     workload = Workload.parse("rate in=4096 out=128 rate=2.5 requests=40 ratio=0.5 name=low")
     assert workload == Workload("rate", 4096, 128, requests=40, rate=2.5, ratio=0.5, name="low")
     assert Workload.parse("single requests=2").title == "512/512 one by one"
+    assert Workload.parse("burst requests=2 spread=0.5").title == "512~0.5/512 2 at once"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +167,7 @@ def test_workload_text_is_parsed():
         "rate requests=3",
         "saturated concurrency=4",
         "burst requests=3 ratio=1.5",
+        "burst requests=3 spread=-1",
         "burst requests=3 out=0",
     ],
 )

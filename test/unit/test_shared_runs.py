@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_adrenaline.prefill.shared_runs import Run, SharedRuns
+from sglang_adrenaline.attention.shared_runs import Run, SharedRuns
 
 
 def tree_slots(path: list[tuple[int, int]]) -> np.ndarray:

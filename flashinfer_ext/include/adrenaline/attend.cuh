@@ -1,6 +1,6 @@
 // attend: attention of one query a lane over slots of the KV pool, with its lse. What lanes share is read once.
 //
-// The host cuts the work into pieces (prefill/lane_plan.py): a run of slots, and the lanes that attend to it. Warps draw
+// The host cuts the work into pieces (attention/lane_plan.py): a run of slots, and the lanes that attend to it. Warps draw
 // (piece, KV head) tickets and each works alone, so a launch fits any number of SMs that happen to be free. A warp streams
 // 16 tokens at a time through a ring in shared memory, from one piece into the next without a pause, and multiplies on
 // tensor cores with the tokens as rows: scores^T = K Q^T and o^T += V^T P^T. The columns, up to 16, are the query heads
@@ -41,7 +41,7 @@ struct AttendMerge {
   uint32_t unused;
 };
 
-// The plan's first words; the arrays begin so many words behind its start. Mirrored in prefill/lane_plan.py.
+// The plan's first words; the arrays begin so many words behind its start. Mirrored in attention/lane_plan.py.
 struct AttendPlan {
   uint32_t num_pieces;
   uint32_t pieces;

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from flashinfer import BatchDecodeWithPagedKVCacheWrapper, fast_decode_plan
 
 from sglang_adrenaline import compat
 from sglang_adrenaline.attention.turns import HandOver, take_turns
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+    from sglang_adrenaline.attention.local_rows import LocalRows
 
 
 def _nobody() -> None:
@@ -31,12 +29,11 @@ def _nobody() -> None:
 
 @dataclass(eq=False)
 class Half:
-    """One half of the graphs of a size. wrapper: FlashInfer's; indptr: int32 [rows + 1], what it was planned with."""
+    """One half of the graphs of a size, with the attention of its rows."""
 
     index: int
     rows: slice
-    wrapper: Any
-    indptr: torch.Tensor
+    local: LocalRows
     hand_over: HandOver = _nobody
     """Let the other half go on; returns when it is this one's turn again."""
 
@@ -44,33 +41,11 @@ class Half:
     def size(self) -> int:
         return self.rows.stop - self.rows.start
 
-    def planned(self) -> None:
-        """After each plan: from the first one on, as upstream does, the plan needs no look at the device."""
-        self.wrapper.begin_forward = partial(fast_decode_plan, self.wrapper)
 
-
-def make_halves(backend: FlashInferAttnBackend, size: int) -> tuple[Half, Half]:
-    """For graphs of `size` rows. Both share what the backend's graphs share, since only one runs at a time."""
-    middle = size // 2
-    indices = backend.cuda_graph_kv_indices[0]
-    cut = middle * backend.max_context_len
-
-    def half(index: int, rows: slice, part: torch.Tensor) -> Half:
-        count = rows.stop - rows.start
-        indptr = torch.zeros(count + 1, dtype=torch.int32, device=indices.device)
-        wrapper = BatchDecodeWithPagedKVCacheWrapper(
-            backend.workspace_buffer,
-            "NHD",
-            backend=backend.decode_backend,
-            use_cuda_graph=True,
-            use_tensor_cores=backend.decode_use_tensor_cores,
-            paged_kv_indptr_buffer=indptr,
-            paged_kv_indices_buffer=part,
-            paged_kv_last_page_len_buffer=backend.kv_last_page_len[:count],
-        )
-        return Half(index, rows, wrapper, indptr)
-
-    return half(0, slice(0, middle), indices[:cut]), half(1, slice(middle, size), indices[cut:])
+def make_halves(size: int, local_rows: Callable[[slice], LocalRows]) -> tuple[Half, Half]:
+    """For graphs of `size` rows; local_rows: makes the attention of these rows of a batch."""
+    first, second = slice(0, size // 2), slice(size // 2, size)
+    return Half(0, first, local_rows(first)), Half(1, second, local_rows(second))
 
 
 def run_in_turns(

@@ -1,9 +1,10 @@
-"""Attention of a decode server that offloads, on a GPU: FlashInfer over the suffix, and the round trip of a layer.
+"""Attention of a decode server that offloads, on a GPU: over the suffix here, and the round trip of a layer.
 
 Runs in the decode scheduler's process, inside the forward pass and inside its CUDA graphs. Per layer: queries of all
-rows that have a lane are stored into the buffers of their executors, FlashInfer attends over [P, n) of every row, then
-one kernel waits for the answers and merges them in place. What differs from step to step is in device memory (places of
-the rows, the channels' endpoints), so a graph serves any set of offloaded requests on any links.
+rows that have a lane are stored into the buffers of their executors, FlashInfer or our kernel (`local_rows.py`) attends
+over [P, n) of every row, then one kernel waits for the answers and merges them in place. What differs from step to step
+is in device memory (places of the rows, the channels' endpoints), so a graph serves any set of offloaded requests on
+any links.
 
 A step is staged before it is planned (`stage`), by the graph runner for a replay and by `init_forward_metadata` for a
 pass without a graph; plan and kernels then find the positions from which they attend here.
@@ -21,28 +22,35 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 from sglang.srt.layers.attention.flashinfer_backend import DecodeMetadata, FlashInferAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_adrenaline import compat, kernels
 from sglang_adrenaline.attention.halves import Half, make_halves, run_in_turns
+from sglang_adrenaline.attention.local_rows import (
+    KERNEL_FROM_ROWS,
+    PLAN_WAIT_S,
+    FlashInferRows,
+    KernelRows,
+    LocalRows,
+    Span,
+    kernel_heads,
+)
+from sglang_adrenaline.attention.planned import Heads, Workspace
 from sglang_adrenaline.channel.calls import StepCalls, calls_of
 from sglang_adrenaline.channel.ipc import IpcDecodeEnd
 from sglang_adrenaline.channel.ipc_endpoint import IpcEndpoints
 from sglang_adrenaline.cuda_wait import await_event
 from sglang_adrenaline.decode.runtime import DecodeRuntime
 from sglang_adrenaline.decode.table import StepPlan
-from sglang_adrenaline.errors import PeerLostError
+from sglang_adrenaline.errors import ConfigError, PeerLostError
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
     from torch import Tensor
-
-
-_PLAN_WAIT_S = 60.0
-"""Beyond every wait of a step for executors, which end by themselves."""
 
 
 class Exchange(enum.Enum):
@@ -64,7 +72,8 @@ class StagedStep:
 class OffloadFlashInferBackend(FlashInferAttnBackend):
     """`_staged` is the step that is planned next, None if all its rows are local.
 
-    `_exchange` says what the pass does that is under way, or recorded; `_half` which half of it, None for a whole.
+    `_exchange` says what the pass does that is under way, or recorded; `_half` which half of it, None for a whole;
+    `_local` is the attention of a whole one's rows. A pass that needs nothing of ours is upstream's.
     """
 
     def __init__(self, model_runner: ModelRunner, runtime: DecodeRuntime) -> None:
@@ -85,6 +94,12 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
         self._half: Half | None = None
         self._staged: StagedStep | None = None
         self._exchange = Exchange.NONE
+        self._local: LocalRows | None = None
+        self._heads = _own_heads(runtime.config.decode_attention, model_runner, self.token_to_kv_pool.dtype)
+        """Of a model whose graphs hold our own kernel; None: they hold FlashInfer's."""
+        self._workspace: Workspace | None = None
+        self._kernel_rows: KernelRows | None = None
+        """Of the rows of graphs that run as a whole."""
         self._plan_copied = torch.cuda.Event()
         """After the last plan's copies."""
         self._plan_whole = self.indices_updater_decode.update
@@ -125,12 +140,43 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
     def in_halves(self, forward: Callable[..., Any], graph_size: int) -> Callable[..., Any]:
         """The model's forward pass over a batch of this size, as passes over its halves in turn."""
         if graph_size not in self._halves:
-            self._halves[graph_size] = make_halves(self, graph_size)
+            self._halves[graph_size] = make_halves(graph_size, self._rows_of_a_half)
 
         def enter(half: Half | None) -> None:
             self._half = half
 
         return run_in_turns(forward, self._halves[graph_size], enter)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, kv_indices_buf: Tensor | None = None) -> None:
+        super().init_cuda_graph_state(max_bs, max_num_tokens, kv_indices_buf)
+        if self._heads is not None:
+            self._workspace = Workspace.make(max_bs, self._heads, self._device)
+            self._kernel_rows = self._make_kernel_rows(max_bs, self.cuda_graph_kv_indices[0])
+
+    def _rows_of_a_half(self, rows: slice) -> LocalRows:
+        """They share what the graphs' rows share, since only one graph runs at a time."""
+        count, context = rows.stop - rows.start, self.max_context_len
+        slots = self.cuda_graph_kv_indices[0][rows.start * context : rows.stop * context]
+        if self._heads is not None:
+            return self._make_kernel_rows(count, slots)
+        indptr = torch.zeros(count + 1, dtype=torch.int32, device=self._device)
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(
+            self.workspace_buffer,
+            "NHD",
+            backend=self.decode_backend,
+            use_cuda_graph=True,
+            use_tensor_cores=self.decode_use_tensor_cores,
+            paged_kv_indptr_buffer=indptr,
+            paged_kv_indices_buffer=slots,
+            paged_kv_last_page_len_buffer=self.kv_last_page_len[:count],
+        )
+        return FlashInferRows(wrapper, indptr, self.indices_updater_decode, self.token_to_kv_pool, fast_plans=True)
+
+    def _make_kernel_rows(self, rows: int, slots: Tensor) -> KernelRows:
+        assert self._heads is not None and self._workspace is not None
+        return KernelRows(
+            rows, self._heads, self._workspace, slots, self.req_to_token_pool.req_to_token, self.token_to_kv_pool
+        )
 
     def _begin(self, plan: StepPlan, halves: tuple[Half, Half] | None) -> Exchange:
         # Rows of a padded graph beyond the batch have no place.
@@ -189,10 +235,11 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
         FlashInfer writes a plan into a pinned buffer and copies it in the stream's order. Before the next plan may
         overwrite that, the copy has to be over: it long is, unless another process has the GPU (docs/gpu-results.md).
         """
-        if not await_event(self._plan_copied, _PLAN_WAIT_S):
-            raise RuntimeError(f"the GPU has not got to the last step's plan within {_PLAN_WAIT_S:g} s")
+        if not await_event(self._plan_copied, PLAN_WAIT_S):
+            raise RuntimeError(f"the GPU has not got to the last step's plan within {PLAN_WAIT_S:g} s")
         staged, self._staged = self._staged, None
-        if staged is None and self._exchange is not Exchange.HALVES:
+        self._local = self._rows_of_a_whole(len(req_pool_indices), decode_wrappers)
+        if staged is None and self._exchange is not Exchange.HALVES and not isinstance(self._local, KernelRows):
             self._plan_whole(
                 req_pool_indices,
                 seq_lens,
@@ -209,33 +256,25 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
         assert seq_lens_cpu is not None
         # A graph's batch is padded with rows of length 1.
         starts_cpu = torch.zeros(len(req_pool_indices), dtype=torch.int64, pin_memory=True)
-        if staged is not None:  # else halves are being captured
+        if staged is not None:  # else halves are being captured, or all rows are local
             starts_cpu[: len(staged.starts)] = staged.starts
         starts = starts_cpu.to(self._device, non_blocking=True)
         lens, lens_cpu = seq_lens - starts.to(seq_lens.dtype), seq_lens_cpu - starts_cpu.to(seq_lens_cpu.dtype)
-        updater = self.indices_updater_decode
-
-        def plan(wrapper: Any, rows: slice, indptr: Tensor) -> None:
-            updater.call_begin_forward(
-                wrapper,
-                req_pool_indices[rows],
-                lens[rows],
-                int(lens_cpu[rows].sum()),
-                indptr,
-                starts[rows],
-                spec_info,
-                lens_cpu[rows],
-                fixed_split_size=fixed_split_size,
-                disable_split_kv=disable_split_kv,
-            )
-
-        if staged is None or staged.exchange is Exchange.HALVES:
-            for half in self._halves[len(req_pool_indices)]:
-                plan(half.wrapper, half.rows, half.indptr)
-                half.planned()
-        else:
-            plan((decode_wrappers or updater.decode_wrappers)[0], slice(None), updater.kv_indptr[0])
+        options = {"spec_info": spec_info, "fixed_split_size": fixed_split_size, "disable_split_kv": disable_split_kv}
+        in_halves = self._exchange is Exchange.HALVES if staged is None else staged.exchange is Exchange.HALVES
+        parts = [(slice(None), self._local)]
+        if in_halves:
+            parts = [(half.rows, half.local) for half in self._halves[len(req_pool_indices)]]
+        for rows, local in parts:
+            local.plan(Span(req_pool_indices[rows], starts[rows], lens[rows], lens_cpu[rows]), **options)
         self._plan_copied.record()
+
+    def _rows_of_a_whole(self, size: int, wrappers: Any) -> LocalRows:
+        updater = self.indices_updater_decode
+        wrapper = (wrappers or updater.decode_wrappers)[0]
+        if self._kernel_rows is not None and wrapper.is_cuda_graph_enabled and size >= KERNEL_FROM_ROWS:
+            return self._kernel_rows
+        return FlashInferRows(wrapper, updater.kv_indptr[0], updater, self.token_to_kv_pool)
 
     # ---- layers -----------------------------------------------------------------------------------------------------
 
@@ -248,31 +287,37 @@ class OffloadFlashInferBackend(FlashInferAttnBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
     ) -> Tensor:
-        if self._exchange is Exchange.NONE:
+        local = self._half.local if self._half is not None else self._local
+        assert local is not None
+        if self._exchange is Exchange.NONE and not isinstance(local, KernelRows):
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         q = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
-        half = self._half
+        half, exchanging = self._half, self._exchange is not Exchange.NONE
         if half is None:
             call, places = self._calls.whole(layer.layer_id), self._places[: len(q)]
-            wrapper = self.forward_metadata.decode_wrappers[0]
         else:
             call, places = self._calls.half(layer.layer_id, half.index), self._places[half.rows]
-            wrapper = half.wrapper
         rows = self._rows[: len(q)]
-        kernels.put_queries(self._words, q, rows, places, call)
+        if exchanging:
+            kernels.put_queries(self._words, q, rows, places, call)
         if half is not None:
             half.hand_over()
             self._half = half
         if save_kv_cache and k is not None and v is not None:
             loc = KVWriteLoc(forward_batch.out_cache_loc, self.forward_metadata.swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, *self._kv_write_scales(layer))
-        o, lse = wrapper.forward_return_lse(
-            q,
-            self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
-            sm_scale=layer.scaling,
-            logits_soft_cap=layer.logit_cap,
-            k_scale=layer.k_scale_float,
-            v_scale=layer.v_scale_float,
-        )
-        kernels.wait_and_merge_(self._words, o, lse, rows, places, call)
+        o, lse = local.attend(q, layer)
+        if exchanging:
+            kernels.wait_and_merge_(self._words, o, lse, rows, places, call)
         return o.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+
+def _own_heads(wanted: str, model_runner: ModelRunner, kv_dtype: torch.dtype) -> Heads | None:
+    """Heads of a model that our kernel is to serve by --adrenaline-decode-attention; None: FlashInfer serves it."""
+    if wanted == "flashinfer":
+        return None
+    heads = kernel_heads(compat.attention_layers(model_runner), model_runner.dtype, kv_dtype)
+    if wanted == "own" and heads is None:
+        raise ConfigError("--adrenaline-decode-attention own: our kernel does not serve this model's attention")
+    shared = heads is not None and heads.num_qo_heads > heads.kv_heads
+    return heads if shared or wanted == "own" else None

@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 
 from sglang_adrenaline.attention.ragged import RaggedPlan, attend
+from sglang_adrenaline.attention.shared_runs import SharedRuns, Slots
 from sglang_adrenaline.channel.base import Call, ExecutorEnd
 from sglang_adrenaline.errors import ChannelError
-from sglang_adrenaline.prefill.shared_runs import SharedRuns, Slots
 
 logger = logging.getLogger(__name__)
 

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from sglang_adrenaline import kernels
+from sglang_adrenaline.attention.lane_plan import most_rows, within_rows
+from sglang_adrenaline.attention.shared_runs import Run, SharedRuns, Slots
 from sglang_adrenaline.channel.calls import StepCalls
 from sglang_adrenaline.channel.cuda_graph import CudaGraph
 from sglang_adrenaline.channel.ipc_end import DTYPES
 from sglang_adrenaline.errors import ChannelError
 from sglang_adrenaline.prefill.executor import POLL_S, LayerKV
 from sglang_adrenaline.prefill.lane_attention import LaneAttention, check_pool
-from sglang_adrenaline.prefill.lane_plan import most_rows, within_rows
-from sglang_adrenaline.prefill.shared_runs import Run, SharedRuns, Slots
 
 if TYPE_CHECKING:
     from sglang_adrenaline.channel.ipc import IpcExecutorEnd

@@ -1,9 +1,8 @@
 """Attention of the GPU executor: one query per lane over that lane's slots of the KV pool, with its lse.
 
-A launch depends on nothing but addresses, so that it can be captured in a CUDA graph; which slots a lane attends to,
-and how the work is cut into pieces, is read from buffers that `plan` fills, in the order of the current stream and
-without waiting for the device. Slots that lanes share are read once (`shared_runs.py`). One thread, one stream. No
-channel, no graphs here.
+Which slots a lane attends to is read from buffers that `plan` fills, in the order of the current stream and without
+waiting for the device, so that launches can be captured in CUDA graphs (`attention/planned.py`). Slots that lanes share
+are read once (`attention/shared_runs.py`). One thread, one stream. No channel, no graphs here.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor
 
 from sglang_adrenaline import kernels
-from sglang_adrenaline.cuda_wait import await_event
+from sglang_adrenaline.attention.planned import Heads, PlannedAttention, Workspace
+from sglang_adrenaline.attention.shared_runs import Run
 from sglang_adrenaline.errors import ChannelError
 from sglang_adrenaline.prefill.executor import LayerKV
-from sglang_adrenaline.prefill.lane_plan import KernelShape, make_plan, max_words, most_rows
-from sglang_adrenaline.prefill.shared_runs import Run
 
 _PLAN_WAIT_S = 30.0  # ends earlier if the stream does, and the waits of its kernels have limits of their own
 
@@ -38,25 +36,11 @@ class LaneAttention:
         self.capacity = capacity
         device = layers[0].k.device
         _, kv_heads, head_dim = layers[0].k.shape
-        self._sms = sms
-        self._shape = KernelShape(
-            group=num_qo_heads // kv_heads,
-            kv_heads=kv_heads,
-            columns=kernels.ATTEND_COLUMNS,
-            warps=sms * kernels.attend_warps(head_dim, device.index),
-        )
-        self._max_rows = most_rows(lanes)
-        int32 = {"dtype": torch.int32, "device": device}
-        self._slots = torch.zeros(capacity, **int32)
-        self._plan = torch.zeros(max_words(lanes, self._max_rows), **int32)
-        self._plan_pinned = torch.zeros(self._plan.shape, dtype=torch.int32, pin_memory=True)
-        float32 = {"dtype": torch.float32, "device": device}
-        self._partial_o = torch.empty(self._max_rows, num_qo_heads, head_dim, **float32)
-        self._partial_lse = torch.empty(self._max_rows, num_qo_heads, **float32)
-        self._tickets = torch.zeros(2, **int32)
-        self._copied = torch.cuda.Event()
-        """After the last plan's copies: until then its host buffer and the slots it read must stay."""
+        heads = Heads(num_qo_heads, kv_heads, head_dim)
+        self._planned = PlannedAttention(lanes, heads, Workspace.make(lanes, heads, device), sms)
+        self._slots = torch.zeros(capacity, dtype=torch.int32, device=device)
         self._held: list[Tensor] = []
+        """What the last plan copies from."""
 
     def plan(self, runs: Sequence[Run], slots: Mapping[int, Tensor], *, piece_tiles: int | None = None) -> None:
         """Let lanes attend to these runs of slots[lane] (int32 [n] on the device) from here on; others to nothing.
@@ -68,16 +52,14 @@ class LaneAttention:
         total = sum(run.end - run.begin for run in runs)
         if total > self.capacity:
             raise ValueError(f"{total} slots for an attention that was made for {self.capacity}")
-        words = make_plan(runs, self._shape, self._max_rows, piece_tiles)
-        if not await_event(self._copied, _PLAN_WAIT_S):
-            raise ChannelError(f"the GPU has not got to the executor's last plan within {_PLAN_WAIT_S:g} s")
-        self._plan_pinned[: len(words)] = torch.from_numpy(words)
-        self._plan[: len(words)].copy_(self._plan_pinned[: len(words)], non_blocking=True)
-        parts = [slots[run.lanes[0]][run.begin : run.end] for run in runs]
-        if parts:
-            torch.cat(parts, out=self._slots[:total])
-        self._copied.record()
-        self._held = parts
+        try:
+            self._planned.plan(runs, _PLAN_WAIT_S, piece_tiles=piece_tiles)
+        except TimeoutError as error:
+            raise ChannelError(str(error)) from None
+        self._held = [slots[run.lanes[0]][run.begin : run.end] for run in runs]
+        if self._held:
+            torch.cat(self._held, out=self._slots[:total])
+        self._planned.copies()
 
     def run(self, layer: int, q: Tensor, o: Tensor, lse: Tensor) -> None:
         """Attention of one layer with the plan that the stream has got to. Allocates nothing; graph-safe.
@@ -86,20 +68,7 @@ class LaneAttention:
         lse   [lanes, num_qo_heads]            float32, base 2
         """
         kv = self.layers[layer]
-        kernels.attend(
-            q,
-            kv.k,
-            kv.v,
-            o,
-            lse,
-            self._slots,
-            self._plan,
-            self._partial_o,
-            self._partial_lse,
-            self._tickets,
-            kv.sm_scale,
-            self._sms,
-        )
+        self._planned.run(q, kv.k, kv.v, o, lse, self._slots, kv.sm_scale)
 
 
 def check_pool(layers: Sequence[LayerKV], num_qo_heads: int, dtype: torch.dtype) -> None:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_adrenaline.attention.shared_runs import Run
 from sglang_adrenaline.errors import ConfigError
 from sglang_adrenaline.figures import DEVICES, ModelFigures, known_device
 from sglang_adrenaline.prefill.executor import LayerKV
 from sglang_adrenaline.prefill.lane_attention import LaneAttention
-from sglang_adrenaline.prefill.shared_runs import Run
 from sglang_adrenaline.profile_data import ShareFigures, TripPoint, datasheet_profile
 
 MOST_BYTES = 24 << 30
@@ -106,7 +106,8 @@ class GpuMachine:
                 continue
             partition = SmPartition(self._index, count)
             stream = partition.take_executor_stream()
-            attend = self._executor(pools, context, partition.executor_sms, stream)  # holds what its graph reads
+            # It holds what its graph reads.
+            attend = self._own(pools, self.attention_rows, context, partition.executor_sms, stream)
             executor = self._work(attend, stream)
             prefill = self._work(products, partition.prefill_stream())
             attention_s, prefill_s = side_by_side_s(executor, prefill)
@@ -139,11 +140,17 @@ class GpuMachine:
         return run
 
     def _attention(self, rows: int, context: int) -> tuple[Callable[[], None], int]:
-        """Decode attention, planned, and how many layers of it: each over a pool of its own, so that no cache helps."""
+        """Decode attention, planned, and how many layers of it: each over a pool of its own, so that no cache helps.
+
+        By the kernel that a decode server takes (`attention/local_rows.py`): ours where query heads share KV heads.
+        """
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
         model = self._model
         slots = rows * context
+        if model.num_qo_heads > model.num_kv_heads:
+            pools = self._pools(slots)
+            return self._own(pools, rows, context, self._sms, torch.cuda.current_stream(self._device)), len(pools)
         pools = [(k.unsqueeze(1), v.unsqueeze(1)) for k, v in self._pools(slots)]
         wrapper = BatchDecodeWithPagedKVCacheWrapper(
             self._workspace(),
@@ -173,11 +180,15 @@ class GpuMachine:
 
         return run, len(pools)
 
-    def _executor(
-        self, pools: Sequence[tuple[torch.Tensor, torch.Tensor]], context: int, sms: int, stream: torch.cuda.Stream
+    def _own(
+        self,
+        pools: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        rows: int,
+        context: int,
+        sms: int,
+        stream: torch.cuda.Stream,
     ) -> Callable[[], None]:
-        """The executor's attention on a stream of so many SMs, planned: a layer of each pool, nothing shared."""
-        rows = self.attention_rows
+        """Our kernel's attention on a stream of so many SMs, planned: a layer of each pool, nothing shared."""
         layers = [LayerKV(k, v, self._model.head_dim**-0.5, 0.0) for k, v in pools]
         q = self._random(rows, self._model.num_qo_heads, self._model.head_dim)
         o, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=self._device)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sglang_adrenaline.prefill.shared_runs import Run
+from sglang_adrenaline.attention.shared_runs import Run
 
 WHOLE = -1
 """Row of a member that has the whole answer of its lane: kWhole."""
