@@ -7,7 +7,7 @@
 # that of the worst. Logs go to $OUT/logs-FIRST-STEP.tar.gz after each step, results (JSON, PNG, table) to $OUT. Steps:
 #   kernels channel transfer executor   test/kernel, by part
 #   profile                             python -m sglang_adrenaline.profile of both shapes
-#   attend                              test/kernel/test_attend.py, test_local_rows.py: the attention kernel
+#   attend                              test/kernel/test_attend.py, test_kernel_rows.py: the attention kernel
 #   shares                              attention and products alone, side by side, and a copy, over SM shares (SMS)
 #   cuts                                how prompts are cut for the attention kernel, against all other cuts
 #   decode                              decode's own attention: our kernel beside FlashInfer's
@@ -84,7 +84,7 @@ for name in "$@"; do
     links) lines=40 step links 180 "${kernel_tests[@]}" test/kernel/test_several_links.py ;;
     transfer) lines=40 step transfer 180 "${kernel_tests[@]}" test/kernel/test_cuda_ipc_transfer.py ;;
     executor) lines=60 step executor 240 "${kernel_tests[@]}" test/kernel/test_gpu_executor.py ;;
-    attend) lines=40 step attend 180 "${kernel_tests[@]}" test/kernel/test_attend.py test/kernel/test_local_rows.py ;;
+    attend) lines=40 step attend 180 "${kernel_tests[@]}" test/kernel/test_attend.py test/kernel/test_kernel_rows.py ;;
     shares)
       for heads in 32 8; do
         for kernel in ours flashinfer; do

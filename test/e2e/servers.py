@@ -295,8 +295,8 @@ def adrenaline(
     module = "sglang_adrenaline.launch_server"
     of_prefill = [*common, *prefill_args, "--disaggregation-mode", "prefill"]
     of_decode = [*common, *decode_args, "--disaggregation-mode", "decode"]
-    prefill = _server("prefill", module, model, logs, of_prefill, {}, host=prefill_host)
-    decode = _server("decode", module, model, logs, of_decode, {}, host=decode_host)
+    prefill = sglang_server("prefill", module, model, logs, of_prefill, {}, host=prefill_host)
+    decode = sglang_server("decode", module, model, logs, of_decode, {}, host=decode_host)
     router = _router(prefill, bootstrap_port, decode, logs)
     return Group({"prefill": prefill, "decode": decode, "router": router}, front="router")
 
@@ -348,10 +348,10 @@ def launcher(
 
 
 def _stock_server(name: str, model: Path | str, logs: Path, args: Sequence[str], env: dict[str, str]) -> Server:
-    return _server(name, "sglang.launch_server", model, logs, args, STOCK_PLUGIN_ENV | env)
+    return sglang_server(name, "sglang.launch_server", model, logs, args, STOCK_PLUGIN_ENV | env)
 
 
-def _server(
+def sglang_server(
     name: str,
     module: str,
     model: Path | str,
@@ -361,6 +361,7 @@ def _server(
     *,
     host: str = HOST,
 ) -> Server:
+    """One server of `module`, stock or ours, not started yet; `env` beside SGLang's strict memory checks."""
     port = free_ports(1)[0]
     command = [sys.executable, "-m", module, "--model-path", str(model), "--host", host, "--port", str(port), *args]
     log = logs / f"{name}.log"

@@ -6,6 +6,7 @@ role each; one GPU serves both. Stock servers load our plugin only for the trans
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import sys
@@ -68,10 +69,8 @@ def without_strict_checks(group: Group) -> Group:
 
 def stock_server(name: str, model: Path | str, logs: Path, args: Sequence[str], transfer: str = "") -> Server:
     """An unmodified server, not started yet."""
-    port = free_ports(1)[0]
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--host", HOST]
-    env = servers.STRICT_ENV | STOCK_ENV | (LOCAL_TRANSFER_ENV if transfer == "local" else {})
-    return Server(name, [*command, "--port", str(port), *args], port, logs / f"{name}.log", env)
+    env = STOCK_ENV | (LOCAL_TRANSFER_ENV if transfer == "local" else {})
+    return servers.sglang_server(name, "sglang.launch_server", model, logs, args, env)
 
 
 def stock_pd(model: Path | str, logs: Path, *, args: Sequence[str], gpus: Gpus, transfer: str | None = None) -> Group:
@@ -95,7 +94,8 @@ def add_prefill(group: Group, name: str) -> None:
     command = list(first.command)
     for flag, value in (("--port", port), ("--disaggregation-bootstrap-port", bootstrap_port)):
         command[command.index(flag) + 1] = str(value)
-    added = Server(name, command, port, first.log.with_name(f"{name}.log"), first.env)
+    log = first.log.with_name(f"{name}.log")
+    added = dataclasses.replace(first, name=name, command=command, port=port, log=log)
     group.servers["router"].command += ["--prefill", added.url, str(bootstrap_port)]
     group.servers[name] = added
 
