@@ -1,5 +1,6 @@
 """Ratio auto in decode: decisions from numbers, who takes decode's memory, what measured steps tell the policy."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from sglang_adrenaline.decode.step_times import (
     Predicted,
     RemotePart,
     StepTimes,
+    Window,
 )
 from sglang_adrenaline.messages import Stats
 from sglang_adrenaline.policy import PrefillLoad
@@ -178,18 +180,17 @@ def test_observe_long_waits_slow_the_executors_rate_down():
     part = before.remote["a"]
     remote_s, trip_s = part.attention_s, part.round_trip_s
     for _ in range(auto.settings.patience):
-        auto.observe(
-            policy.Observation(
-                peer="a",
-                steps=100,
-                step_s=before.step_s * 2,
-                predicted_step_s=before.step_s,
-                exposed_wait_s=2 * remote_s,
-                local_s=before.local_s,
-                remote_s=remote_s,
-                round_trip_s=trip_s,
-            )
+        slow = policy.Observation(
+            peer="a",
+            steps=100,
+            step_s=before.step_s * 2,
+            predicted_step_s=before.step_s,
+            exposed_wait_s=2 * remote_s,
+            local_s=before.local_s,
+            remote_s=remote_s,
+            round_trip_s=trip_s,
         )
+        auto.observe(Window(100, [slow]))
     assert auto.state.rates["a"] < 1.0 and auto.state.extra_s > 0.0
     assert auto.predict(150, 120_000, reading).step_s > before.step_s
 
@@ -301,16 +302,17 @@ def test_most_utilisation_is_where_the_predicted_ttft_meets_the_objective(servic
 def test_step_times_report_each_link_once_a_window():
     times = StepTimes()
 
-    def window(steps: int, wait_s: float) -> list[policy.Observation]:
+    def window(steps: int, wait_s: float) -> Sequence[policy.Observation]:
         for number in range(OBSERVE_STEPS):
             wanted = times.add(0.02)
             assert wanted == ((number + 1) % PREDICT_EVERY == 0)
             if wanted:
                 times.predicted(Predicted(0.025, 0.01, {"a": RemotePart(8_000, 0.008, 0.001)}))
             links = [LinkTotals(3, "a", steps, wait_s), LinkTotals(4, "b", 0, 0.0)]
-            seen = times.observations(links)
-            assert not seen or number == OBSERVE_STEPS - 1
-        return seen
+            over = times.window(links)
+            assert (over is not None) == (number == OBSERVE_STEPS - 1)
+        assert over is not None and over.steps == OBSERVE_STEPS
+        return over.seen
 
     (first,) = window(80, 0.4)
     assert (first.peer, first.steps) == ("a", 80)
@@ -318,17 +320,18 @@ def test_step_times_report_each_link_once_a_window():
     assert (first.step_s, first.predicted_step_s, first.exposed_wait_s) == pytest.approx((0.02, 0.025, 0.005))
     (second,) = window(180, 0.4)
     assert (second.steps, second.exposed_wait_s) == (100, 0.0)
-    assert window(180, 0.4) == []
+    assert not window(180, 0.4)
 
 
-def observed(times: StepTimes, parts: dict[str, RemotePart], totals: list[LinkTotals]) -> list[policy.Observation]:
+def observed(times: StepTimes, parts: dict[str, RemotePart], totals: list[LinkTotals]) -> Sequence[policy.Observation]:
     """What one window of steps tells, in all of which `parts` took part."""
     for number in range(OBSERVE_STEPS):
         if times.add(0.02):
             times.predicted(Predicted(0.025, 0.01, parts))
-        seen = times.observations(totals)
-        assert not seen or number == OBSERVE_STEPS - 1
-    return seen
+        over = times.window(totals)
+        assert (over is not None) == (number == OBSERVE_STEPS - 1)
+    assert over is not None
+    return over.seen
 
 
 def test_step_times_tell_what_was_measured_here_and_there():
@@ -354,27 +357,63 @@ def test_step_times_of_two_links_take_the_span_without_a_wait_for_local_attentio
     assert (first.answer_s, second.answer_s) == pytest.approx((0.015, 0.017))
 
 
+def test_observe_executor_that_was_slow_once_is_tried_again():
+    """Measured at a tenth of its speed it gets no prompt, and so is not measured: the next one goes there before long,
+    and only after many requests."""
+    auto, now = decider(split_tokens=20_000), here(rows=20, used=60_000)
+    auto.answered(100)
+    idle = there()
+
+    def split(rid: str) -> int:
+        decided = auto.decide(rid, prompt(20_000), LIMIT, "a", now, idle)
+        auto.admission.gone(rid)
+        return decided.split if decided is not None else 0
+
+    assert split("before") == 20_000
+    before = auto.predict(20, 60_000, there(read_tokens=100_000, lanes_in_use=100))
+    part = before.remote["a"]
+    slow = policy.Observation(
+        peer="a",
+        steps=OBSERVE_STEPS,
+        step_s=before.step_s + 9 * part.attention_s,
+        predicted_step_s=before.step_s,
+        exposed_wait_s=9 * part.attention_s,
+        local_s=before.local_s,
+        remote_s=part.attention_s,
+        round_trip_s=part.round_trip_s,
+        local_span_s=before.local_s,
+        answer_s=10 * part.attention_s,
+        executor_s=10 * part.attention_s,
+    )
+    auto.observe(Window(OBSERVE_STEPS, [slow]))
+    assert split("slow") == 0
+    steps = 0
+    while not split(f"after {steps}") and steps < 100 * 100:
+        auto.observe(Window(OBSERVE_STEPS))
+        steps += OBSERVE_STEPS
+    assert 4 < steps / 100 < 40, "lives of a request"
+
+
 def test_observe_measured_rates_change_decisions_and_predictions_after_one_window():
     """Local attention takes twice, the executor half of what data sheets say."""
     auto, reading = decider(), there(read_tokens=100_000, lanes_in_use=100)
     before = auto.predict(150, 120_000, reading)
     part = before.remote["a"]
     assert auto.decide("r", prompt(4096), LIMIT, "a", here(rows=150, used=95_000), reading).split == 0
-    auto.observe(
-        policy.Observation(
-            peer="a",
-            steps=16,
-            step_s=before.step_s + before.local_s,
-            predicted_step_s=before.step_s,
-            exposed_wait_s=0.0,
-            local_s=before.local_s,
-            remote_s=part.attention_s,
-            round_trip_s=part.round_trip_s,
-            local_span_s=2 * before.local_s,
-            answer_s=2 * before.local_s,
-            executor_s=part.attention_s / 2,
-        )
+    measured = policy.Observation(
+        peer="a",
+        steps=16,
+        step_s=before.step_s + before.local_s,
+        predicted_step_s=before.step_s,
+        exposed_wait_s=0.0,
+        local_s=before.local_s,
+        remote_s=part.attention_s,
+        round_trip_s=part.round_trip_s,
+        local_span_s=2 * before.local_s,
+        answer_s=2 * before.local_s,
+        executor_s=part.attention_s / 2,
     )
+    auto.observe(Window(16, [measured]))
     status = auto.status()
     assert (status["local_rate"], status["executor_rates"]["a"]) == (0.5, 2.0)
     after = auto.predict(150, 120_000, reading)

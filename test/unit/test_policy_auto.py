@@ -1,6 +1,7 @@
 """The decision by load: caps, bounds, monotonicity, hysteresis, and independence of order and rank."""
 
 import itertools
+import math
 
 import msgspec
 import pytest
@@ -584,6 +585,35 @@ def test_observe_executor_that_reported_once_is_never_guessed_again():
     for _ in range(9):
         state = policy.observe(state, seen(0.0), policy.LoadSettings())
     assert state.rate_of("a") == pytest.approx(1.5) and not state.votes
+
+
+@given(measured_rates, measured_rates, st.lists(st.integers(1, 4000), min_size=1, max_size=20), st.floats(1, 2000))
+def test_unobserved_rates_turn_back_alike_however_the_steps_are_cut(local_rate, remote_rate, windows, life_steps):
+    known = policy.observe(policy.LoadState(), measured(local_rate, remote_rate), policy.LoadSettings())
+    by_windows, at_once = known, policy.unobserved(known, sum(windows), life_steps, ())
+    for steps in windows:
+        later = policy.unobserved(by_windows, steps, life_steps, ())
+        for rate, before in (
+            (later.rate_of("a"), by_windows.rate_of("a")),
+            (later.local_pace.rate, by_windows.local_pace.rate),
+        ):
+            assert abs(math.log(rate)) <= abs(math.log(before)) + 1e-9
+        by_windows = later
+    assert by_windows.rate_of("a") == pytest.approx(at_once.rate_of("a"))
+    assert by_windows.local_pace.rate == pytest.approx(at_once.local_pace.rate)
+    assert by_windows.trip_s("a", 1e-3) == pytest.approx(at_once.trip_s("a", 1e-3))
+
+
+def test_unobserved_only_what_was_not_measured_is_forgotten():
+    state, rules = policy.LoadState(), policy.LoadSettings()
+    for name in "ab":
+        state = policy.observe(state, msgspec.structs.replace(measured(0.5, 0.25), peer=name), rules)
+    assert policy.unobserved(state, 50, 100.0, {"a", "b"}) == state
+    later = policy.unobserved(state, 100_000, 100.0, {"a"})
+    assert (later.rate_of("a"), later.local_pace, later.extra_s) == (0.25, state.local_pace, state.extra_s)
+    assert later.rate_of("b") == pytest.approx(1.0)
+    anew = policy.observe(later, msgspec.structs.replace(measured(0.5, 0.5), peer="b"), rules)
+    assert anew.rate_of("b") == pytest.approx(0.5)
 
 
 @given(st.permutations(["a", "b", "c"]))

@@ -19,7 +19,7 @@ import msgspec
 from sglang_adrenaline import policy
 from sglang_adrenaline.cost_model import WHOLE_DEVICE, CostModel
 from sglang_adrenaline.decode.memory import KeptFree, Promised
-from sglang_adrenaline.decode.step_times import Predicted, RemotePart
+from sglang_adrenaline.decode.step_times import Predicted, RemotePart, Window
 from sglang_adrenaline.policy.sm_share import MARGIN
 
 CACHE_RESERVE_TOKENS = 8192
@@ -240,9 +240,13 @@ class LoadDecider:
             "step_extra_ms": round(1e3 * state.extra_s, 3),
         }
 
-    def observe(self, seen: policy.Observation) -> None:
-        seen = msgspec.structs.replace(seen, life_steps=self._outputs.mean)
-        self.state = policy.observe(self.state, seen, self.settings)
+    def observe(self, window: Window) -> None:
+        life_steps = self._outputs.mean
+        for seen in window.seen:
+            seen = msgspec.structs.replace(seen, life_steps=life_steps)
+            self.state = policy.observe(self.state, seen, self.settings)
+        observed = {seen.peer for seen in window.seen}
+        self.state = policy.unobserved(self.state, window.steps, life_steps, observed)
 
     def _view(self, peer: There, bounds: bool) -> policy.PrefillView:
         return policy.PrefillView(

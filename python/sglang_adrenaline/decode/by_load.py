@@ -85,8 +85,9 @@ class ByLoad:
             local = tokens - sum(offload.remote_prefix_len for offload in reads)
             there = prefill_now(reads, peers, self.kept)
             self._times.predicted(self.decider.predict(len(running), max(local, 0), there))
-        for seen in self._times.observations(_totals(link) for link in links if link.alive):
-            self.decider.observe(seen)
+        window = self._times.window(_totals(link) for link in links if link.alive)
+        if window is not None:
+            self.decider.observe(window)
 
     def decide(
         self, offload: Offload, link: Link, offloads: Iterable[Offload], peers: Iterable[Peer]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -55,6 +55,14 @@ class Predicted:
     """What else of the step remote attention hides under."""
 
 
+@dataclass(frozen=True)
+class Window:
+    """So many decode steps; seen: one observation for each link that took part in them."""
+
+    steps: int
+    seen: Sequence[policy.Observation] = ()
+
+
 class StepTimes:
     """One window of OBSERVE_STEPS decode steps after the other."""
 
@@ -75,10 +83,10 @@ class StepTimes:
     def predicted(self, step: Predicted) -> None:
         self._predicted.append(step)
 
-    def observations(self, links: Iterable[LinkTotals]) -> list[policy.Observation]:
-        """At the end of a window, one for each link that took part in it; none before."""
+    def window(self, links: Iterable[LinkTotals]) -> Window | None:
+        """Once it is over; None before."""
         if self._steps < OBSERVE_STEPS:
-            return []
+            return None
         now = {link.index: link for link in links}
         rose = [_rise(link, self._before.get(index)) for index, link in now.items()]
         self._reached = {link.index: reached for link in rose if (reached := self._speed(link)) is not None}
@@ -86,9 +94,10 @@ class StepTimes:
         # Each waits for those before it: the shortest span has no wait in it.
         span_s = min((link.local_span_s / link.steps for link in rose), default=0.0)
         seen = [observed for link in rose if (observed := self._observed(link, span_s)) is not None]
+        window = Window(self._steps, seen)
         self._before = now
         self._steps, self._step_s, self._predicted = 0, 0.0, []
-        return seen
+        return window
 
     def _speed(self, rose: LinkTotals) -> Speed | None:
         if rose.read_tokens > 0 and rose.busy_s > 0.0:

@@ -8,7 +8,7 @@ instances) has to be agreed between them before it becomes a view or an observat
     fixed.py     a fixed share of prompt tokens: `decide`
     auto.py      by load: `decide_by_load`
     views.py     what `decide_by_load` looks at
-    feedback.py  what measured steps change: `observe`
+    feedback.py  what measured steps change, and what is forgotten without: `observe`, `unobserved`
     pace.py      how fast work is, measured against its prediction
     bounds.py    the offload bounds of the paper
     growth.py    what steps will read while a request runs
@@ -19,7 +19,7 @@ instances) has to be agreed between them before it becomes a view or an observat
 
 from sglang_adrenaline.policy.auto import Decision, LoadState, Reason, decide_by_load
 from sglang_adrenaline.policy.bounds import Bounds, offload_bounds
-from sglang_adrenaline.policy.feedback import Observation, observe
+from sglang_adrenaline.policy.feedback import Observation, observe, unobserved
 from sglang_adrenaline.policy.fixed import Settings, State, decide
 from sglang_adrenaline.policy.forecast import HEADROOM, AnswerShares, peak_growth
 from sglang_adrenaline.policy.growth import Duty, OutputLengths, PromptLengths
@@ -54,4 +54,5 @@ __all__ = [
     "offload_bounds",
     "peak_growth",
     "requested_prefix_len",
+    "unobserved",
 ]

@@ -10,11 +10,16 @@ An executor that does not report is known by waits alone (`_guessed_rate`): its 
 attention took, and the wait on top. Where nothing was waited for, that is only a lower bound, and the rate is tried
 upwards while requests stay local for it. Such a rate moves after several observations in a row that agree, and not at
 all inside a dead band. The caller agrees with the other ranks on each observation first (e.g. rank 0's is taken).
+
+An instance that has no part in steps is not measured, and one that was slow gets no part. So what is known of it fades
+while nothing is measured (`unobserved`): the slower it was, the longer until it is tried again.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeVar
 
 import msgspec
 
@@ -29,6 +34,13 @@ RATE_MIN, RATE_MAX = 0.25, 2.0
 TOLERANCE = 0.05
 EXTRA_WEIGHT = 0.2
 TRIP_WEIGHT = 0.5
+T = TypeVar("T")
+
+FADE_LIVES = 16.0
+"""What is not measured any more is forgotten by a factor of e in as many lives of a request, so that trying what is
+still slow costs few of the steps."""
+LIFE_STEPS = 256.0
+"""As long as none is known."""
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +97,29 @@ def observe(state: LoadState, seen: Observation, settings: LoadSettings) -> Load
         work_paces={**state.work_paces, seen.peer: work_pace},
         trips=trips,
     )
+
+
+def unobserved(state: LoadState, steps: int, life_steps: float, observed: Collection[str]) -> LoadState:
+    """The state after a window of steps in which only these prefill instances were observed.
+
+    life_steps: as in `Observation`. What is known of other instances turns back into what their views say; where there
+    was no observation at all, so does what is known of this instance.
+    """
+    keep = math.exp(-steps / (FADE_LIVES * (life_steps or LIFE_STEPS)))
+
+    def faded(known: Mapping[str, T], fade: Callable[[T], T]) -> dict[str, T]:
+        return {name: value if name in observed else fade(value) for name, value in known.items()}
+
+    state = msgspec.structs.replace(
+        state,
+        paces=faded(state.paces, lambda pace: pace.faded(keep)),
+        work_paces=faded(state.work_paces, lambda pace: pace.faded(keep)),
+        trips=faded(state.trips, lambda trip_s: keep * trip_s),
+        rates=faded(state.rates, lambda rate: rate**keep),
+    )
+    if observed:
+        return state
+    return msgspec.structs.replace(state, local_pace=state.local_pace.faded(keep), extra_s=keep * state.extra_s)
 
 
 def _learnt_trip(beyond_s: float, seen: Observation) -> float:

@@ -22,6 +22,11 @@ class Pace(msgspec.Struct, frozen=True):
             return self
         return Pace(keep * self.predicted_s + predicted_s, keep * self.took_s + took_s)
 
+    def faded(self, keep: float) -> Pace:
+        """Without a measurement for long: `keep`, 0..1, is what is left of it, the rest is as predicted."""
+        predicted_s = keep * self.predicted_s
+        return Pace(predicted_s, predicted_s / self.rate**keep)
+
     @property
     def rate(self) -> float:
         """As share of the predicted one, SLOWEST..FASTEST; 1 before anything was measured."""

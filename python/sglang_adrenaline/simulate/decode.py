@@ -339,6 +339,8 @@ class Decode:
         self.duty = self.duty.add(batch.rows, self.active)
         if self.remote_rows:
             self._observe_slowest(steps)
+        taking_part = {str(index) for index, tokens in self.remote.items() if tokens}
+        self.state = policy.unobserved(self.state, steps, self.outputs.mean, taking_part)
         self._seen_steps, self._seen_exposed, self._seen_busy = batch.steps_total, batch.exposed_s, batch.busy_s
 
     def _observe_slowest(self, steps: int) -> None:
