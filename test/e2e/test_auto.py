@@ -23,9 +23,9 @@ from servers import Group, wait_until
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(900)]
 
 OTHERS = {"tpot": ("--adrenaline-slo-tpot-ms", "2"), "ttft": ("--adrenaline-slo-ttft-ms", "5"), "fresh": ()}
-"""Further decode servers. About what a step takes at the least, so that no batch may grow by offloading; less than a long
-prompt takes, so that prefill has no time to spare for others; and one that has measured nothing yet, by which offloading
-may not pay here."""
+"""Further decode servers. About what a step takes at the least, so that no batch may grow by offloading; less than a
+long prompt takes, so that prefill has no time to spare for others; and one that has measured nothing yet, by which
+offloading may not pay here."""
 BUSY = 0.15
 """Three times the share of prefill's time that the policy lets prompts have at the least."""
 POOL_TOKENS = "3000"
