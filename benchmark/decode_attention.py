@@ -1,10 +1,11 @@
-"""Decode's attention over what it holds itself: our kernel beside FlashInfer's, on the whole GPU, as graphs hold them.
+"""Decode's attention over what it holds itself: our kernel beside FlashInfer's and, where SGLang has it, that of
+FlashAttention 3, on the whole GPU, as graphs hold them.
 
     python benchmark/decode_attention.py [--heads 32/8 64/8 28/4 16/8 32/32] [--json FILE]
 
-For each model's heads (query/KV heads of 128 elements, bf16) and batch: microseconds a layer and GB/s of KV of both,
-how many times as fast ours is, and milliseconds of the host for our plan of a step. Medians of 5 runs of 4 layers in a
-graph, and of 7 plans.
+For each model's heads (query/KV heads of 128 elements, bf16) and batch: microseconds a layer and GB/s of KV of each,
+how many times as fast as it ours is, and milliseconds of the host for our plan of a step. Medians of 5 runs of 4 layers
+in a graph, and of 7 plans. Ends with an error if answers differ.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from sglang_adrenaline.attention.planned import Heads, Workspace
 from sglang_adrenaline.channel.cuda_graph import CudaGraph
 
 PLANS = 7
+CONTEXT = 16_384
+"""Columns of FlashAttention's table of pages, as SGLang has it: a model's context."""
 
 
 class FlashInfer:
@@ -58,10 +61,64 @@ class FlashInfer:
         dtype = torch.bfloat16
         self._wrapper.plan(indptr, self._slots, ones, *self._heads, 1, q_data_type=dtype, kv_data_type=dtype)
 
-    def attend(self, layer: int) -> None:
+    def attend(self, layer: int) -> torch.Tensor:
         work, kv = self._work, self._work.layers[layer]
         pages = (kv.k.unsqueeze(1), kv.v.unsqueeze(1))
         self._wrapper.run(work.q, pages, out=work.o, lse=work.lse, return_lse=True)
+        return work.o
+
+
+class FlashAttention3:
+    """SGLang's default on Hopper, called as it does in a CUDA graph: pages of one token, its plan made once a step."""
+
+    def __init__(self, work: Work) -> None:
+        from sgl_kernel.flash_attn import flash_attn_with_kvcache, get_scheduler_metadata
+
+        self._attend, self._make_plan = flash_attn_with_kvcache, get_scheduler_metadata
+        rows = len(work.tokens)
+        int32 = {"dtype": torch.int32, "device": "cuda"}
+        self._work = work
+        self._pages = torch.zeros(rows, CONTEXT, **int32)
+        for row, slots in work.slots.items():
+            self._pages[row, : len(slots)] = slots
+        self._lens = torch.tensor(work.tokens, **int32)
+        self._starts = torch.arange(rows + 1, **int32)
+        self._plan = torch.zeros(1 + -(-rows // 4) * 4 * 4, **int32)
+        self._plan_len = 0
+
+    def plan(self) -> None:
+        work = self._work
+        plan = self._make_plan(
+            batch_size=len(work.tokens),
+            max_seqlen_q=1,
+            max_seqlen_k=max(work.tokens),
+            num_heads=work.q.shape[1],
+            num_heads_k=work.layers[0].k.shape[1],
+            headdim=HEAD_DIM,
+            cache_seqlens=self._lens,
+            qkv_dtype=torch.bfloat16,
+            cu_seqlens_q=self._starts,
+            page_size=1,
+            causal=True,
+        )
+        self._plan_len = len(plan)
+        self._plan[: len(plan)] = plan
+
+    def attend(self, layer: int) -> torch.Tensor:
+        kv = self._work.layers[layer]
+        return self._attend(
+            q=self._work.q,
+            k_cache=kv.k.unsqueeze(1),
+            v_cache=kv.v.unsqueeze(1),
+            page_table=self._pages,
+            cache_seqlens=self._lens,
+            cu_seqlens_q=self._starts,
+            max_seqlen_q=1,
+            softmax_scale=HEAD_DIM**-0.5,
+            causal=True,
+            out=self._work.o,
+            scheduler_metadata=self._plan[: self._plan_len],
+        )
 
 
 class Ours:
@@ -86,12 +143,23 @@ class Ours:
     def plan(self) -> None:
         self._rows.plan(self._span)
 
-    def attend(self, layer: int) -> None:
-        self._rows.attend(self._work.q, cast("Any", SimpleNamespace(layer_id=layer, scaling=HEAD_DIM**-0.5)))
+    def attend(self, layer: int) -> torch.Tensor:
+        return self._rows.attend(self._work.q, cast("Any", SimpleNamespace(layer_id=layer, scaling=HEAD_DIM**-0.5)))[0]
 
 
-def measure(attention: Ours | FlashInfer, stream: torch.cuda.Stream) -> tuple[float, float]:
-    """Microseconds a layer; milliseconds of the host to plan."""
+def kinds() -> dict[str, type[FlashInfer | FlashAttention3 | Ours]]:
+    """Those that are here, by name."""
+    try:
+        import sgl_kernel.flash_attn  # noqa: F401
+    except ImportError:
+        return {"FlashInfer": FlashInfer, "ours": Ours}
+    return {"FlashInfer": FlashInfer, "FlashAttention 3": FlashAttention3, "ours": Ours}
+
+
+def measure(
+    attention: Ours | FlashInfer | FlashAttention3, stream: torch.cuda.Stream
+) -> tuple[float, float, torch.Tensor]:
+    """Microseconds a layer; milliseconds of the host to plan; the first layer's answers."""
     with torch.cuda.stream(stream):
         times = []
         for _ in range(PLANS):
@@ -99,14 +167,14 @@ def measure(attention: Ours | FlashInfer, stream: torch.cuda.Stream) -> tuple[fl
             attention.plan()
             times.append(time.perf_counter() - begun)
             stream.synchronize()
-        attention.attend(0)
+        answers = attention.attend(0).clone()
         graph = CudaGraph(stream)
         with graph.capture():
             for layer in range(LAYERS):
                 attention.attend(layer)
         layer_us = median_ms(graph.launch, stream, REPEATS) * 1e3 / LAYERS
         graph.free()
-    return layer_us, statistics.median(times) * 1e3
+    return layer_us, statistics.median(times) * 1e3, answers
 
 
 def main() -> None:
@@ -117,21 +185,22 @@ def main() -> None:
     torch.cuda.set_device(0)
     torch.manual_seed(0)
     stream = torch.cuda.Stream()
-    print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}; us a layer, GB/s, ms of the host for our plan")
-    print(f"{'heads':>7}{'rows x tokens':>22}{'FlashInfer':>21}{'ours':>15}{'plan':>6}{'times as fast':>15}")
+    print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}; us a layer, GB/s of KV, ours / theirs in speed")
+    measured = kinds()
+    print(f"{'heads':>7}{'rows x tokens':>22}" + "".join(f"{name:>27}" for name in measured) + f"{'plan, ms':>10}")
     rows = []
     for heads in args.heads:
         qo_heads, kv_heads = map(int, heads.split("/"))
         for name, tokens in workloads().items():
             work = Work(kv_heads, tokens, qo_heads)
-            (their_us, _), (our_us, plan_ms) = (measure(kind(work), stream) for kind in (FlashInfer, Ours))
-            gb = work.bytes_of_a_layer / 1e3
-            print(
-                f"{heads:>7}{name:>22}{their_us:>13.1f}{gb / their_us:>8.0f}"
-                f"{our_us:>9.1f}{gb / our_us:>6.0f}{plan_ms:>6.2f}{their_us / our_us:>14.2f}x",
-                flush=True,
-            )
-            rows.append({"heads": heads, "batch": name, "flashinfer_us": their_us, "our_us": our_us})
+            took = {each: measure(kind(work), stream) for each, kind in measured.items()}
+            our_us, plan_ms, answers = took["ours"]
+            line = f"{heads:>7}{name:>22}"
+            for layer_us, _, theirs in took.values():
+                torch.testing.assert_close(answers, theirs, rtol=2e-2, atol=4e-3)
+                line += f"{layer_us:>13.1f}{work.bytes_of_a_layer / 1e3 / layer_us:>7.0f}{layer_us / our_us:>6.2f}x"
+            print(f"{line}{plan_ms:>10.2f}", flush=True)
+            rows.append({"heads": heads, "batch": name, "us": {each: us for each, (us, _, _) in took.items()}})
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

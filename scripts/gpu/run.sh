@@ -10,8 +10,9 @@
 #   attend                              test/kernel/test_attend.py, test_kernel_rows.py: the attention kernel
 #   shares                              attention and products alone, side by side, and a copy, over SM shares (SMS)
 #   cuts                                how prompts are cut for the attention kernel, against all other cuts
-#   decode                              decode's own attention: our kernel beside FlashInfer's
+#   decode                              decode's own attention: our kernel beside FlashInfer's and FlashAttention 3's
 #   local8b                             the same end to end, prompts of many lengths, nothing offloaded
+#   stock8b                             the same load on stock PD, with FlashInfer and with FlashAttention 3
 #   stalls                              launches beside another thread's copies
 #   gqa mha exactness returns           test/gpu: one model variant, both, and the restart of killed servers
 #   tp                                  test/gpu with two ranks a server, on two GPUs
@@ -58,6 +59,9 @@ pd=pd:local
 python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("nixl") is None)' && pd=pd:nixl
 ratio=${RATIO:-0.7}
 read -r -a systems <<<"${SYSTEMS:-$pd dp2 adrenaline:$ratio}"
+
+# On one GPU both servers share it, as in local8b and stock8b; there prefill is idle most of the time.
+shared="--max-running-requests 160 --cuda-graph-max-bs-decode 160 --mem-fraction-static 0.8 --max-total-tokens 260000"
 
 gpu_tests() { # name seconds selection
   lines=60 step "$1" "$2" "${tests[@]}" --maxfail 4 --durations 5 --basetemp "$work/$1-tmp" test/gpu -k "$3"
@@ -114,8 +118,13 @@ for name in "$@"; do
     compare7b)
       compare compare7b 580 "$seven" "saturated in=512 out=512 concurrency=$open seconds=$span stream=8" \
         "single in=8192 out=128 requests=3" ;;
-    local8b) # on one GPU both servers share it; prefill is idle most of the time
-      shared="--max-running-requests 160 --cuda-graph-max-bs-decode 160 --mem-fraction-static 0.8 --max-total-tokens 260000"
+    stock8b)
+      systems=(pd:local)
+      for kernel in flashinfer fa3; do
+        SERVER_ARGS="$shared --attention-backend $kernel" \
+          compare "stock8b-$kernel" 220 "$eight" "burst in=1024 out=512 requests=120 spread=1 stream=8"
+      done ;;
+    local8b)
       systems=(adrenaline:0:local)
       for kernel in flashinfer own; do
         ADRENALINE_ARGS="--adrenaline-decode-attention $kernel" SERVER_ARGS="$shared" \

@@ -5,7 +5,7 @@
 #   site.tar.xz   SGLang and its dependencies, FlashInfer kernels compiled ahead
 #   more/         more kernels: more/aot (FlashInfer), more/tvm-ffi (SGLang's own)
 #   kernels/      ours
-# and, optionally, in .carry-nixl/ the wheels of NIXL for stock PD.
+# and, optionally, in .carry-nixl/ the wheels of NIXL for stock PD, in .carry-fa3/ FlashAttention 3 (trim_fa3.py).
 
 ADRENALINE_SITE=${ADRENALINE_SITE:-/tmp/site}
 
@@ -35,6 +35,10 @@ _setup_unpack() {
     for wheel in .carry-nixl/*.whl; do python3 -m zipfile -e "$wheel" "$ADRENALINE_SITE" || return 1; done
     touch "$ADRENALINE_SITE/.nixl"
     echo "setup: NIXL unpacked"
+  fi
+  if [[ -f .carry-fa3/flash_ops.tar.xz && ! -e $ADRENALINE_SITE/sgl_kernel/flash_ops.abi3.so ]]; then
+    tar xJf .carry-fa3/flash_ops.tar.xz -C "$ADRENALINE_SITE/sgl_kernel" || return 1
+    echo "setup: FlashAttention 3 unpacked"
   fi
 }
 
