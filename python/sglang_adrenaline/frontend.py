@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from hashlib import blake2b
 from typing import Any
 
 from sglang_adrenaline.policy import requested_prefix_len
@@ -26,10 +27,10 @@ class RoomSplitter:
     """Gives each of the requests that SGLang makes of one request with n > 1 a bootstrap room of its own.
 
     SGLang sends them all, on both servers in the same order, under the room of the whole: rooms would collide.
-    The k-th one's room follows from the whole's, so that both servers find the same number without talking.
+    The k-th one's room is a hash of the whole's and k, so that both servers find the same number without talking, and
+    that rooms of different requests do not meet however far they are apart.
     """
 
-    STRIDE = 0x1E3779B97F4A7C15
     LIMIT = 4096
     """Most unfinished families that are remembered."""
 
@@ -43,7 +44,12 @@ class RoomSplitter:
             self._sent[room] = k + 1
             if len(self._sent) > self.LIMIT:
                 self._sent.popitem(last=False)
-        return (room + k * self.STRIDE) % 2**63
+        return _hashed(room, k) if k else room
+
+
+def _hashed(room: int, k: int) -> int:
+    """0..2**63 - 1; SGLang keeps rooms in signed 64 bits."""
+    return int.from_bytes(blake2b(f"{room} {k}".encode(), digest_size=8).digest(), "little") >> 1
 
 
 class FrontendHandlers:
