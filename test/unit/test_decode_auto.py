@@ -261,7 +261,7 @@ def test_kept_prefixes_know_the_longest_common_beginning_in_whole_blocks(events)
         assert kept.shared_tokens([*ends, "nobody"]) == saved * BLOCK_TOKENS
     for rid in list(model):
         kept.drop(rid)
-    assert not kept._kept and not kept._by_request
+    assert not kept._sharing.keepers and not kept._by_request
 
 
 def test_prefill_now_reads_what_requests_share_once():

@@ -18,15 +18,17 @@ overheads = st.floats(0, 2e-3)
 
 requests = st.integers(1, 40_000).flatmap(
     lambda n: st.builds(
-        lambda shared, cached, local: policy.Request(
+        lambda shared, cached, local, coming: policy.Request(
             prompt_len=n,
             shared_tokens=min(shared, cached),
             cached_tokens=max(shared, cached),
             local_cached_tokens=local,
+            coming=coming,
         ),
         shared=st.integers(0, n),
         cached=st.integers(0, n),
         local=st.integers(0, n),
+        coming=st.integers(1, 50),
     )
 )
 decodes = st.builds(
@@ -109,19 +111,24 @@ def test_decide_hidden_split_is_never_what_the_step_waits_for(state, request, de
         rate = fleet[name].attention_rate * state.rate_of(name)
         return state.trip_s(name, fleet[name].round_trip_s) + (fleet[name].read_tokens + read) / rate
 
-    new = decision.split - request.shared_tokens
     local_rate = decode.attention_rate * state.local_pace.rate
-    new_s = new / (fleet["a"].attention_rate * state.rate_of("a"))
-    if new_s < 0.1 * request.prompt_len / local_rate:  # it takes the executor no time worth mentioning
-        return
-    own = time_of("a", new)
-    # One with too little that is new to be split may be waited for, if not as long as local attention with all of it
-    # would take.
-    short = request.prompt_len - request.shared_tokens < 2 * rules.split_tokens
-    stays = request.prompt_len if short else request.prompt_len - decision.split
-    local = (decode.local_tokens + stays) / local_rate
+    peer_rate = fleet["a"].attention_rate * state.rate_of("a")
     others = [time_of(name, 0) for name in fleet if name != "a" and fleet[name].read_tokens]
-    assert own <= max([local, *others]) + 2 / fleet["a"].attention_rate / min(state.rate_of("a"), 1) + 1e-9
+
+    def hides(count):
+        """With so many that share what is cached, which the executor reads once."""
+        new = decision.split - request.shared_tokens + (count - 1) * max(decision.split - request.cached_tokens, 0)
+        if new / peer_rate < 0.1 * count * request.prompt_len / local_rate:  # no time worth mentioning
+            return True
+        # One with too little that is new to be split may be waited for, if not as long as local attention with all of
+        # it would take.
+        short = request.prompt_len - request.shared_tokens < 2 * rules.split_tokens
+        stays = request.prompt_len if short else request.prompt_len - decision.split
+        local = (decode.local_tokens + count * stays) / local_rate
+        slack = (count + 1) / fleet["a"].attention_rate / min(state.rate_of("a"), 1) + 1e-9
+        return time_of("a", new) <= max([local, *others]) + slack
+
+    assert hides(1) or hides(request.coming)
 
 
 @given(states, requests, decodes, fleets, settings)
@@ -188,7 +195,7 @@ def test_decide_more_free_memory_on_prefill_never_offloads_less(state, request, 
 
 @given(states, requests, decodes, fleets, settings)
 def test_decide_shared_prefix_never_offloads_less_than_a_fresh_one(state, request, decode, fleet, rules):
-    fresh = msgspec.structs.replace(request, shared_tokens=0, cached_tokens=0)
+    fresh = msgspec.structs.replace(request, shared_tokens=0, cached_tokens=0, coming=1)
     assert split(state, request, decode, fleet, rules) >= split(state, fresh, decode, fleet, rules)
 
 
@@ -210,6 +217,28 @@ def test_decide_what_the_executor_reads_anyway_takes_no_time_there():
     assert decided(full, 0).reason is policy.Reason.OVERFLOW
     assert decided(full, 0).split == pytest.approx(2190, abs=1), "0.03 s * 81 / 80, less what is read in 0.02 and 0.01"
     assert decided(full, 2000) == policy.Decision(4096, policy.Reason.OVERFLOW)
+
+
+def test_decide_first_of_many_that_share_a_prefix_is_decided_with_those_to_come():
+    """One prefix of 1,000 tokens is read there, as much as hides. A second one would stay here for its first request,
+    and its other five read it once there instead of five times here."""
+    fleet = {"a": msgspec.structs.replace(IDLE["a"], read_tokens=1_000)}
+    decode = msgspec.structs.replace(BUSY, local_tokens=800)
+
+    def decided(coming, cached=1_000, length=1_050):
+        request = policy.Request(prompt_len=length, cached_tokens=cached, coming=coming)
+        state, rules = policy.LoadState(), policy.LoadSettings()
+        return policy.decide_by_load(state, request, "a", decode, fleet, rules)[0]
+
+    assert decided(1) == policy.Decision(0, policy.Reason.LEVEL)
+    assert decided(6) == policy.Decision(1_050, policy.Reason.HIDDEN), "1,000 + 1,000 + 6 * 50 < 800 + 6 * 1,050"
+    assert decided(6, cached=0).reason is policy.Reason.LEVEL, "they share nothing"
+
+    def split(coming, cached):
+        return pytest.approx(decided(coming, cached, length=16_000).split, abs=1)
+
+    assert split(6, 4_000) == 9_650, "800 + 6 * 6,350 here, 1,000 + 4,000 + 6 * 5,650 there"
+    assert split(3, 16_000) == 11_950, "800 + 3 * 4,050 here, 1,000 + 11,950 there"
 
 
 @given(st.lists(st.tuples(requests, decodes, fleets), max_size=20), settings)

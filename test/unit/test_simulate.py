@@ -96,7 +96,7 @@ def test_fleet_any_load_finishes_every_request_and_leaves_nothing(lengths, offlo
     for prefills_of, decodes_of in getattr(fleet, "groups", []):
         for prefill in prefills_of:
             assert (prefill.pinned, prefill.kept, prefill.reading) == (0, 0, 0)
-            assert (prefill.lanes_in_use, prefill.cache.pins) == (0, {})
+            assert (prefill.lanes_in_use, prefill.cache.pins.keepers) == (0, {})
         for decode in decodes_of:
             assert (decode.active, decode.coming_local, decode.local_prompts, decode.remote_rows) == (0, 0, 0, 0)
 

@@ -97,11 +97,13 @@ class ByLoad:
             self._here = self._decode_now()
             self._undecided = sum(each.split_open for each in offloads)
         self._undecided -= 1
-        shared = self.kept.leading(link.index, _names(offload))
+        names = _names(offload)
+        cached, coming = self.kept.expected(link.index, names)
         request = policy.Request(
             prompt_len=offload.prompt_len,
-            shared_tokens=shared,
-            cached_tokens=shared,
+            shared_tokens=self.kept.leading(link.index, names),
+            cached_tokens=cached,
+            coming=coming,
             local_cached_tokens=compat.locked_prefix_len(self._scheduler, offload.req),
         )
         if self._there is None:

@@ -5,8 +5,9 @@ A prompt is named block by block (`block_names`), each block's name depending on
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
+
+from sglang_adrenaline.policy.sharing import Sharing
 
 BLOCK_TOKENS = 64
 
@@ -15,32 +16,32 @@ class KeptPrefixes:
     """`where` is a link to a prefill instance: what one keeps, another does not."""
 
     def __init__(self) -> None:
-        self._kept: Counter[tuple[int, int]] = Counter()
-        """How many requests keep a block, by link and name."""
+        self._sharing: Sharing[tuple[int, int]] = Sharing()
+        """Blocks by link and name."""
         self._by_request: dict[str, tuple[int, list[int]]] = {}
 
     def keep(self, rid: str, where: int, names: Sequence[int]) -> None:
         """The instance was asked to keep these blocks for the request."""
         self.drop(rid)
         self._by_request[rid] = (where, list(names))
-        self._kept.update((where, name) for name in names)
+        for name in names:
+            self._sharing.keep((where, name))
 
     def drop(self, rid: str) -> None:
         """It keeps it no longer, or never did. Idempotent."""
         where, names = self._by_request.pop(rid, (0, []))
         for name in names:
-            self._kept[where, name] -= 1
-            if not self._kept[where, name]:
-                del self._kept[where, name]
+            self._sharing.drop((where, name))
 
     def leading(self, where: int, names: Sequence[int]) -> int:
         """Tokens at the beginning of a prompt of these blocks that are kept for others."""
-        blocks = 0
-        for name in names:
-            if (where, name) not in self._kept:
-                break
-            blocks += 1
-        return blocks * BLOCK_TOKENS
+        return self._sharing.leading((where, name) for name in names) * BLOCK_TOKENS
+
+    def expected(self, where: int, names: Sequence[int]) -> tuple[int, int]:
+        """Of a prompt of these blocks: (tokens at its beginning that are kept or usually shared, requests with as many
+        that are expected to come, itself included)."""
+        blocks, coming = self._sharing.expected((where, name) for name in names)
+        return blocks * BLOCK_TOKENS, coming
 
     def shared_tokens(self, rids: Iterable[str]) -> int:
         """What is saved by reading the blocks of these requests, of one link, once each instead of once a request."""

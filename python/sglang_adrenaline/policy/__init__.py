@@ -14,6 +14,7 @@ instances) has to be agreed between them before it becomes a view or an observat
     growth.py    what steps will read while a request runs
     forecast.py  how much memory admitted requests will still take
     prefill_load.py  how much work comes to prefill, and whether that bounds a deployment
+    sharing.py   which beginnings of prompts requests share, and how many at a time
     sm_share.py  how prefill and executor share a GPU
 """
 
@@ -23,6 +24,7 @@ from sglang_adrenaline.policy.feedback import Observation, observe, unobserved
 from sglang_adrenaline.policy.fixed import Settings, State, decide
 from sglang_adrenaline.policy.forecast import HEADROOM, AnswerShares, peak_growth
 from sglang_adrenaline.policy.growth import Duty, OutputLengths, PromptLengths
+from sglang_adrenaline.policy.sharing import Sharing
 from sglang_adrenaline.policy.sm_share import PrefillLoad, SharePoint, choose_share
 from sglang_adrenaline.policy.views import DecodeView, LoadSettings, PrefillView, Request
 from sglang_adrenaline.policy.wish import WHOLE_PROMPT, requested_prefix_len
@@ -46,6 +48,7 @@ __all__ = [
     "Request",
     "Settings",
     "SharePoint",
+    "Sharing",
     "State",
     "choose_share",
     "decide",

@@ -19,6 +19,9 @@ hidden work costs, as share of its time:
 
     (1 + c) * new / rate_i < c * n / rate_d
 
+Where m requests are to come whose prompts begin alike, they are looked at together, too: there the executor reads what
+they share once, here each row reads its own. Alone, the first of them would stay here for what the others do not add.
+
 Rates are the profile's as measured steps correct them (`feedback.py`).
 
 C1, the memory condition: P fits under the cap on pinned tokens. A request that finds no room here, or takes what those
@@ -219,28 +222,40 @@ def _hidden(
     """Tokens of this prompt that instance `target` can take without becoming what the step waits for.
 
     Of a prompt with too little that is new there to be split: all, where that is better than none. What is read there
-    anyway the step waits for or not, whoever else shares it.
+    anyway the step waits for or not, whoever else shares it. Alone, or with those to come that begin like it.
     """
     others = 0.0
     for name, view in prefill.items():
         if name != target and view.read_tokens:
             others = max(others, view.round_trip_s + view.read_tokens / view.attention_rate)
-    peer = prefill[target]
-    rate = peer.attention_rate
+    return max(_hidden_of(count, request, others, decode, prefill[target], settings) for count in {1, request.coming})
+
+
+def _hidden_of(
+    count: int, request: Request, others_s: float, decode: DecodeView, peer: PrefillView, settings: LoadSettings
+) -> float:
+    """The same of each of `count` requests like this one, which share `cached_tokens`; others_s: of other instances."""
+    length, cached = request.prompt_len, request.cached_tokens
+    rate, local_rate = peer.attention_rate, decode.attention_rate
     remote = _read_besides(request, peer)
     local = decode.local_tokens if decode.expected_tokens is None else decode.expected_tokens
-    local_s = (local + request.prompt_len) / decode.attention_rate + decode.under_s
-    new = request.prompt_len - request.shared_tokens
+    local_s = (local + count * length) / local_rate + decode.under_s
+    new = length - request.shared_tokens
     if new < 2 * settings.split_tokens:
-        whole = (max(others, local_s) - peer.round_trip_s) * rate - remote
-        if whole > request.prompt_len:
+        of_the_others = (count - 1) * (length - cached)
+        whole = (max(others_s, local_s) - peer.round_trip_s) * rate - remote - of_the_others
+        if whole > length:
             return whole
-        if (
-            1.0 + settings.hidden_cost
-        ) * new / rate < settings.hidden_cost * request.prompt_len / decode.attention_rate:
-            return request.prompt_len
-    fill = (others - peer.round_trip_s) * rate - remote
-    balance = (local_s - peer.round_trip_s - remote / rate) / (1.0 / rate + 1.0 / decode.attention_rate)
+        cost = settings.hidden_cost
+        if (1.0 + cost) * (new + of_the_others) / rate < cost * count * length / local_rate:
+            return length
+    fill = (others_s - peer.round_trip_s) * rate - remote
+    if fill > cached:
+        fill = cached + (fill - cached) / count
+    ahead_s = local_s - peer.round_trip_s - remote / rate
+    balance = ahead_s / (1.0 / rate + count / local_rate)
+    if balance > cached:
+        balance = (ahead_s + (count - 1) * cached / rate) / (count / rate + count / local_rate)
     return max(fill, balance, request.shared_tokens)
 
 

@@ -19,6 +19,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Leading prompt tokens that other requests of this decode instance already keep pinned on the prefill instance."""
     cached_tokens: int = 0
     """Leading prompt tokens in the prefill instance's radix tree, pinned or not; at least `shared_tokens`."""
+    coming: int = 1
+    """Requests, this one included, that are expected to be decided soon and to share these `cached_tokens`."""
     local_cached_tokens: int = 0
     """Leading prompt tokens in the decode instance's own radix tree."""
 

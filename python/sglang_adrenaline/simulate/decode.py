@@ -175,7 +175,8 @@ class Decode:
 
     def _decide_by_load(self, request: Req, room: Room) -> tuple[int, Any, str]:
         peer = self.prefills[request.prefill]
-        shared = peer.cache.pinned_prefix(request.blocks) if request.blocks else 0
+        shared = peer.cache.pinned_prefix(request.blocks)
+        cached, coming = peer.cache.expected_prefix(request.blocks)
         rows = self.active
         behind = max(len(self.waiting) - 1, 0)
         bounds = self.cost.prefill_bounds(
@@ -191,7 +192,7 @@ class Decode:
         linear = self.cost.halves_linear_s(rows) if halves else self.cost.linear_s(rows)
         decision, state = policy.decide_by_load(
             self.state,
-            policy.Request(prompt_len=request.prompt, shared_tokens=shared, cached_tokens=shared),
+            policy.Request(prompt_len=request.prompt, shared_tokens=shared, cached_tokens=cached, coming=coming),
             str(peer.index),
             policy.DecodeView(
                 pool_tokens=self.pool,

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 from sglang_adrenaline.cost_model import WHOLE_DEVICE, CostModel
 from sglang_adrenaline.policy.prefill_load import ArrivedWork
+from sglang_adrenaline.policy.sharing import Sharing
 from sglang_adrenaline.simulate.trace import BLOCK_TOKENS, Req
 
 BATCH_TOKENS = 8192
@@ -19,7 +20,7 @@ class PrefixCache:
 
     def __init__(self) -> None:
         self._blocks: OrderedDict[int, None] = OrderedDict()
-        self.pins: dict[int, int] = {}
+        self.pins: Sharing[int] = Sharing()
 
     def match(self, blocks: tuple[int, ...]) -> int:
         """Leading tokens that are there; they count as used."""
@@ -33,7 +34,7 @@ class PrefixCache:
 
     def insert(self, blocks: tuple[int, ...], room_tokens: int) -> None:
         """Add a prompt's blocks, then forget the oldest unpinned ones beyond `room_tokens`."""
-        held, pins = self._blocks, self.pins
+        held, pins = self._blocks, self.pins.keepers
         for block in blocks:
             held[block] = None
             held.move_to_end(block)
@@ -46,12 +47,12 @@ class PrefixCache:
 
     def pinned_prefix(self, blocks: tuple[int, ...]) -> int:
         """Leading tokens that some request keeps pinned."""
-        count = 0
-        for block in blocks:
-            if block not in self.pins:
-                break
-            count += 1
-        return count * BLOCK_TOKENS
+        return self.pins.leading(blocks) * BLOCK_TOKENS
+
+    def expected_prefix(self, blocks: tuple[int, ...]) -> tuple[int, int]:
+        """(leading tokens that are or usually are pinned by several, requests with as many that are expected)."""
+        count, coming = self.pins.expected(blocks)
+        return count * BLOCK_TOKENS, coming
 
 
 class Prefill:
@@ -94,7 +95,7 @@ class Prefill:
         self.free_at = start + service
         self.busy_s += service
         if request.blocks:
-            unshared = self.pinned - len(self.cache.pins) * BLOCK_TOKENS
+            unshared = self.pinned - len(self.cache.pins.keepers) * BLOCK_TOKENS
             self.cache.insert(request.blocks, self.pool_tokens - unshared)
         return self.free_at
 
@@ -133,9 +134,7 @@ class Prefill:
         pins, fresh = self.cache.pins, 0
         blocks = request.blocks[: tokens // BLOCK_TOKENS]
         for block in blocks:
-            held = pins.get(block, 0)
-            pins[block] = held + 1
-            fresh += not held
+            fresh += pins.keep(block)
         request.room = tokens - len(blocks) * BLOCK_TOKENS
         self.pinned += fresh * BLOCK_TOKENS + request.room
         self.kept += tokens
@@ -144,10 +143,7 @@ class Prefill:
     def unpin(self, request: Req, tokens: int) -> None:
         pins, gone = self.cache.pins, 0
         for block in request.blocks[: tokens // BLOCK_TOKENS]:
-            pins[block] -= 1
-            if not pins[block]:
-                del pins[block]
-                gone += 1
+            gone += pins.drop(block)
         self.pinned -= gone * BLOCK_TOKENS + request.room
         self.kept -= tokens
         self.lanes_in_use -= 1
