@@ -383,6 +383,11 @@ def reserved_decode_tokens(scheduler: Scheduler) -> int:
     return int(scheduler.disagg_decode_prealloc_queue.num_reserved_decode_tokens)
 
 
+def requests_in_transfer(scheduler: Scheduler) -> list[Req]:
+    """Decode: requests with a row whose prompts are being computed, are yet to be, or whose KV is on the way."""
+    return [each.req for each in scheduler.disagg_decode_transfer_queue.queue]
+
+
 def no_request_waits_for_a_row(scheduler: Scheduler) -> bool:
     """Of new requests; retracted ones are not meant."""
     return not scheduler.disagg_decode_prealloc_queue.queue

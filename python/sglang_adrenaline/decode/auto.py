@@ -92,6 +92,10 @@ class Admission:
         self.waiting.pop(rid, None)
         self._attend(rid, local_tokens)
 
+    def prompt_of(self, rid: str) -> int:
+        """Tokens of this request's prompt that are, or will be, attended to here; 0 if it is not known."""
+        return self._prompts.get(rid, 0)
+
     def gone(self, rid: str) -> None:
         """Its row is freed, or it never got one. Idempotent."""
         self.waiting.pop(rid, None)

@@ -6,14 +6,15 @@ Scheduler thread. Nothing is read from SGLang while every request behind the one
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang_adrenaline import auto_cost, compat, policy
 from sglang_adrenaline.config import AdrenalineConfig
 from sglang_adrenaline.decode.auto import Admission, Here, LoadDecider, There
-from sglang_adrenaline.decode.links import Link, Peer
+from sglang_adrenaline.decode.links import Address, Link, Peer
 from sglang_adrenaline.decode.memory import KeptFree
 from sglang_adrenaline.decode.offload import Offload, OffloadState
 from sglang_adrenaline.decode.prefixes import BLOCK_TOKENS, KeptPrefixes, block_names
@@ -49,6 +50,19 @@ def make_decider(
     )
 
 
+@dataclass
+class UnderWay:
+    """Prompts that prefill instances compute, or are to compute, for this decode instance."""
+
+    prompts: Counter[Address] = field(default_factory=Counter)
+    held_tokens: int = 0
+    """Of decode's pool."""
+
+    def add(self, address: Address, local_tokens: int) -> None:
+        self.prompts[address] += 1
+        self.held_tokens += local_tokens
+
+
 class ByLoad:
     """One a decode scheduler with ratio auto."""
 
@@ -64,6 +78,10 @@ class ByLoad:
         """As it is in this scheduler loop; None until it is asked for."""
         self._there: dict[str, There] | None = None
         """The same, with what was decided in this loop."""
+        self._under_way: UnderWay | None = None
+        """The same."""
+        self._targets: dict[str, Address] = {}
+        """Of requests that were decided and had no row yet when this loop's first was."""
         self._undecided = 0
         """Requests that are left to be decided in this loop or a later one."""
         self._turns = TURNS
@@ -72,7 +90,7 @@ class ByLoad:
 
     def new_loop(self, offloads: Iterable[Offload], peers: Iterable[Peer], links: Iterable[Link]) -> None:
         """Before the queues are looked at. Tells the policy, now and then, how long steps took and waited."""
-        self._here, self._there, self.turns_over, self._turns = None, None, False, TURNS
+        self._here, self._there, self._under_way, self.turns_over, self._turns = None, None, None, False, TURNS
         now = time.monotonic()
         took, self._looped_at = now - self._looped_at, now
         if not compat.ran_decode_step(self._scheduler):
@@ -92,7 +110,13 @@ class ByLoad:
     def decide(
         self, offload: Offload, link: Link, offloads: Iterable[Offload], peers: Iterable[Peer]
     ) -> policy.Decision | None:
-        """The split of a request whose turn it is; None, also for those behind it, while decode has no room for it."""
+        """The split of a request whose turn it is; None, also for those behind it, while decode has no room for it, and
+        None, also for those behind it with the same prefill instance, while that one has enough to compute."""
+        admission, rid, address = self.decider.admission, compat.rid(offload.req), link.peer.address
+        if self._under_way is None:
+            self._under_way = self._prompts_under_way()
+        if policy.has_enough(self._under_way.prompts[address], self._under_way.held_tokens, self._pool_tokens):
+            return None
         if self._here is None:
             self._here = self._decode_now()
             self._undecided = sum(each.split_open for each in offloads)
@@ -110,7 +134,10 @@ class ByLoad:
             self._there = prefill_now([each for each in offloads if each.holds_prefix], peers, self.kept)
         limit = compat.answer_limit(offload.req)
         here = replace(self._here, undecided=self._undecided)
-        decision = self.decider.decide(compat.rid(offload.req), request, limit, link.peer.name, here, self._there)
+        decision = self.decider.decide(rid, request, limit, link.peer.name, here, self._there)
+        if decision is not None:
+            self._targets[rid] = address
+            self._under_way.add(address, admission.prompt_of(rid))
         self._turns -= 1
         self.turns_over = decision is None or self._turns == 0
         return decision
@@ -122,6 +149,15 @@ class ByLoad:
         self.kept.keep(compat.rid(offload.req), link.index, names[: tokens // BLOCK_TOKENS])
         if self._there is not None and peer in self._there:
             self._there[peer] = self._there[peer].with_one_more(tokens - offload.shared_tokens)
+
+    def _prompts_under_way(self) -> UnderWay:
+        admission, under_way = self.decider.admission, UnderWay()
+        self._targets = {rid: address for rid, address in self._targets.items() if rid in admission.waiting}
+        for rid, address in self._targets.items():
+            under_way.add(address, admission.prompt_of(rid))
+        for req in compat.requests_in_transfer(self._scheduler):
+            under_way.add(compat.bootstrap_address(req), admission.prompt_of(compat.rid(req)))
+        return under_way
 
     def _decode_now(self) -> Here:
         running = compat.running_requests(self._scheduler)

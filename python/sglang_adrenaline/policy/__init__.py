@@ -11,6 +11,7 @@ instances) has to be agreed between them before it becomes a view or an observat
     feedback.py  what measured steps change, and what is forgotten without: `observe`, `unobserved`
     pace.py      how fast work is, measured against its prediction
     bounds.py    the offload bounds of the paper
+    pacing.py    how far ahead of prefill requests are taken in
     growth.py    what steps will read while a request runs
     forecast.py  how much memory admitted requests will still take
     prefill_load.py  how much work comes to prefill, and whether that bounds a deployment
@@ -24,6 +25,7 @@ from sglang_adrenaline.policy.feedback import Observation, observe, unobserved
 from sglang_adrenaline.policy.fixed import Settings, State, decide
 from sglang_adrenaline.policy.forecast import HEADROOM, AnswerShares, peak_growth
 from sglang_adrenaline.policy.growth import Duty, OutputLengths, PromptLengths
+from sglang_adrenaline.policy.pacing import has_enough
 from sglang_adrenaline.policy.sharing import Sharing
 from sglang_adrenaline.policy.sm_share import PrefillLoad, SharePoint, choose_share
 from sglang_adrenaline.policy.views import DecodeView, LoadSettings, PrefillView, Request
@@ -53,6 +55,7 @@ __all__ = [
     "choose_share",
     "decide",
     "decide_by_load",
+    "has_enough",
     "observe",
     "offload_bounds",
     "peak_growth",
