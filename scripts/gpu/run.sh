@@ -13,6 +13,7 @@
 #   decode                              decode's own attention: our kernel beside FlashInfer's and FlashAttention 3's
 #   local8b                             the same end to end, prompts of many lengths, nothing offloaded
 #   stock8b                             the same load on stock PD, with FlashInfer and with FlashAttention 3
+#   auto8b                              the same load on ours, nothing offloaded beside ratio auto
 #   stalls                              launches beside another thread's copies
 #   gqa mha exactness returns           test/gpu: one model variant, both, and the restart of killed servers
 #   tp                                  test/gpu with two ranks a server, on two GPUs
@@ -130,6 +131,9 @@ for name in "$@"; do
         ADRENALINE_ARGS="--adrenaline-decode-attention $kernel" SERVER_ARGS="$shared" \
           compare "local8b-$kernel" 220 "$eight" "burst in=1024 out=512 requests=120 spread=1 stream=8"
       done ;;
+    auto8b)
+      systems=(adrenaline:0:local adrenaline:auto:local)
+      SERVER_ARGS="$shared" compare auto8b 480 "$eight" "burst in=1024 out=512 requests=120 spread=1 stream=8" ;;
     ttft8k) compare ttft8k 400 "$seven" "rate in=8192 out=8 rate=1 requests=20" ;;
     compare8b)
       compare compare8b 580 "$eight" "saturated in=4096 out=512 concurrency=$open seconds=$span stream=8" \
