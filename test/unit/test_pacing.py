@@ -32,7 +32,11 @@ def link(index: int, address: tuple[str, int]) -> SimpleNamespace:
 
 @pytest.fixture
 def transfers(monkeypatch) -> list:
-    """Requests whose KV is on the way. Nothing runs, and decode's pool is otherwise empty."""
+    """Requests whose KV is on the way. Nothing runs, and decode's pool is otherwise empty.
+
+    A scheduler cannot be built without a server, so what `compat` reads from it is told here; everything above that is
+    the real thing, and with servers the same path runs in test/e2e/test_auto.py.
+    """
     coming: list = []
     told = {
         "requests_in_transfer": lambda _: [req for req, _ in coming],
