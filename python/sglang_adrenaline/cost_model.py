@@ -98,6 +98,23 @@ class CostModel:
             decode_s=output * self.step_s(rows, pool_tokens / pace) / rows,
         )
 
+    def life_s(
+        self,
+        output: float,
+        prompt: float,
+        *,
+        rows: int,
+        local_tokens: float,
+        joining: int,
+        pace: float,
+    ) -> float:
+        """How long a request decodes on the mean, in a batch of `rows` that so many with such a prompt will join.
+
+        local_tokens: that the batch attends to here; pace: of that, as share of the profile's.
+        """
+        tokens = local_tokens + joining * (prompt + output / 2)
+        return output * self.step_s(max(rows + joining, 1), tokens / pace)
+
     def prefill_s(self, new_tokens: int, cached_tokens: int = 0) -> float:
         """One prompt's own part of a batch (the batch's fixed time excluded)."""
         pairs = new_tokens * (cached_tokens + new_tokens / 2)

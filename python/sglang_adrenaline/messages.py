@@ -174,7 +174,9 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     lanes_in_use: Count
     steps: Count = 0
     prefill_load: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
-    """Work of prompts that arrive, in seconds of the device alone per second."""
+    """Work of prompts that arrive, in seconds of the device alone per second; of late."""
+    lasting_load: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
+    """The same over a longer time."""
     executor_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     """Of the device's SMs, set apart for the executor; 0: executor and prefill use all."""
     busy_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0

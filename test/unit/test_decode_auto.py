@@ -36,7 +36,9 @@ RESERVE = 512
 LIMIT = 1024
 """Of answers; a constant reserve does not look at it."""
 POOL = 216_000
-IDLE_PREFILL = There(pool_tokens=POOL, pinned_tokens=0, read_tokens=0, lanes=256, lanes_in_use=0, prefill_load=0.0)
+IDLE_PREFILL = There(
+    pool_tokens=POOL, pinned_tokens=0, read_tokens=0, lanes=256, lanes_in_use=0, prefill_load=0.0, lasting_load=0.0
+)
 
 
 def decider(**settings) -> LoadDecider:
@@ -52,8 +54,9 @@ def here(*, rows: int, used: int, pool: int = POOL) -> Here:
 
 
 def there(**changes) -> dict[str, There]:
-    fields = {name: getattr(IDLE_PREFILL, name) for name in IDLE_PREFILL.__dataclass_fields__}
-    return {"a": There(**(fields | changes))}
+    """`prefill_load` alone: it has lasted."""
+    changes.setdefault("lasting_load", changes.get("prefill_load", 0.0))
+    return {"a": replace(IDLE_PREFILL, **changes)}
 
 
 def prompt(length: int, **known: int) -> policy.Request:
@@ -113,6 +116,16 @@ def test_decide_busy_prefill_is_left_alone():
 def test_decide_load_of_prefill_does_not_matter_where_the_executor_has_sms_of_its_own():
     decision = decider().decide("r", prompt(512), LIMIT, "a", BUSY, there(prefill_load=1.05, executor_share=0.36))
     assert decision is not None and decision.split == 512
+
+
+@pytest.mark.parametrize(("output", "split"), [(20, 0), (LIMIT, 512)])
+def test_decide_a_burst_of_prompts_counts_for_requests_that_do_not_outlive_it(output, split):
+    auto = decider()
+    auto.answered(output)
+    burst = there(prefill_load=1.05, lasting_load=0.1)
+    assert auto.decide("r", prompt(512), LIMIT, "a", BUSY, burst).split == split
+    shifted = there(prefill_load=0.1, lasting_load=1.05)
+    assert auto.decide("s", prompt(512), LIMIT, "a", BUSY, shifted).split == 512 - split
 
 
 def test_decide_ttft_objective_leaves_prefill_more_of_its_time():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_adrenaline.cost_model import WHOLE_DEVICE, CostModel
-from sglang_adrenaline.policy.prefill_load import PATIENCE_S, WINDOW_S, ArrivedWork
+from sglang_adrenaline.policy.prefill_load import BRISK_S, LASTING_S, LIVES, PATIENCE_S, ArrivedWork, load_over
 from sglang_adrenaline.prefill.load_meter import LoadMeter
 from sglang_adrenaline.profile_data import datasheet_profile
 from sglang_adrenaline.simulate.prefill import Prefill
@@ -59,6 +59,12 @@ def by_token(new: int, cached: int) -> float:
     return new * 1e-3
 
 
+def as_reported(rate: float, window_s: float) -> float:
+    """So much work a second: a report counts all that came since the last one as if it had come just now."""
+    late = REPORT_S / window_s
+    return rate * late / -math.expm1(-late)
+
+
 def drive(server: Server, seconds: float, work_s: float, tokens: int = 100, **loop: object) -> None:
     """So much work a second, in prompts of so many tokens."""
     each_s = tokens * 1e-3 * server._slow
@@ -71,9 +77,12 @@ def drive(server: Server, seconds: float, work_s: float, tokens: int = 100, **lo
         server.loop(**loop)
 
 
-@given(st.lists(st.tuples(st.floats(0, 30), st.floats(-5, 20), st.floats(0, 60))))
-def test_arrived_work_is_never_negative_and_grows_with_what_waits(events):
-    work, now = ArrivedWork(), 0.0
+@given(
+    st.lists(st.tuples(st.floats(0, 30), st.floats(-5, 20), st.floats(0, 60))),
+    st.sampled_from([BRISK_S, LASTING_S]),
+)
+def test_arrived_work_is_never_negative_and_grows_with_what_waits(events, window_s):
+    work, now = ArrivedWork(window_s), 0.0
     for pause, work_s, wait_s in events:
         now += pause
         work.add(now, work_s)
@@ -90,9 +99,9 @@ def test_steady_work_is_its_own_load_also_where_prefill_cannot_keep_up(rate, slo
     server = Server(by_token, slow)
     drive(server, 60.0, 0.9, tokens=20)
     drive(server, 60.0, rate, tokens=20)
-    queued_s = 60.0 * max(rate - 1.0, 0.0)
-    expected = rate + max(queued_s - PATIENCE_S, 0.0) / WINDOW_S
-    assert server.meter.load == pytest.approx(expected, rel=0.1, abs=0.02)
+    overdue_s = max(60.0 * max(rate - 1.0, 0.0) - PATIENCE_S, 0.0)
+    for load, window_s in ((server.meter.load, BRISK_S), (server.meter.lasting_load, LASTING_S)):
+        assert load == pytest.approx(as_reported(rate, window_s) + overdue_s / window_s, rel=0.1, abs=0.02)
 
 
 @settings(max_examples=30, deadline=None)
@@ -136,14 +145,36 @@ def test_an_idle_server_is_forgotten_to_have_been_busy_but_not_what_prompts_cost
     server = Server(by_token, 3.0)
     drive(server, 40.0, 0.9)
     learned = server.meter.slowness
-    drive(server, 8 * WINDOW_S, 0.0)
-    assert server.meter.load < 1e-2 and server.meter.slowness == pytest.approx(learned, rel=0.05)
+    drive(server, 8 * LASTING_S, 0.0)
+    assert server.meter.load < 1e-2 and server.meter.lasting_load < 1e-2
+    assert server.meter.slowness == pytest.approx(learned, rel=0.05)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.3, 0.9), st.floats(0.2, 0.9))
+def test_a_shift_shows_in_decisions_about_requests_before_it_shows_in_the_share(before, after):
+    """Two windows after a shift its load is known to a seventh of what changed, give or take a prompt."""
+    server, seconds = Server(by_token), 2 * BRISK_S
+    drive(server, 60.0, before, tokens=20)
+    drive(server, seconds, after, tokens=20)
+    for load, window_s in ((server.meter.load, BRISK_S), (server.meter.lasting_load, LASTING_S)):
+        now = after + (before - after) * math.exp(-seconds / window_s)
+        assert load == pytest.approx(as_reported(now, window_s), abs=0.05)
+
+
+@given(st.floats(0, 100), st.floats(0, 100), st.floats(0, 3), st.floats(0, 3))
+def test_the_load_of_a_request_is_brisk_for_short_lives_and_lasting_for_long_ones(life_s, longer_s, brisk, lasting):
+    load = load_over(life_s, brisk, lasting)
+    assert min(brisk, lasting) - 1e-9 <= load <= max(brisk, lasting) + 1e-9
+    assert load_over(min(life_s, BRISK_S / LIVES), brisk, lasting) == brisk
+    assert load_over(max(life_s, LASTING_S / LIVES), brisk, lasting) == pytest.approx(lasting)
+    assert abs(load_over(life_s + longer_s, brisk, lasting) - lasting) <= abs(load - lasting) + 1e-9
 
 
 def test_prompts_that_leave_uncomputed_are_no_work():
     meter = LoadMeter(by_token)
     meter.report(1.0, begun=[], waiting=[1000] * 5)
-    assert meter.load == pytest.approx((5.0 + 5.0 - PATIENCE_S) / WINDOW_S)
+    assert meter.load == pytest.approx((5.0 + 5.0 - PATIENCE_S) / BRISK_S)
     meter.report(1.5, begun=[], waiting=[])
     assert meter.load == 0.0
 
@@ -155,7 +186,7 @@ def test_waiting_prompts_are_taken_to_be_cached_as_others_were():
     meter.report(0.0, begun=[], waiting=[])
     before = meter.load
     meter.report(0.0, begun=[], waiting=[1000] * 10)
-    assert meter.load - before == pytest.approx(10 * 0.1 / WINDOW_S, rel=0.05)
+    assert meter.load - before == pytest.approx(10 * 0.1 / BRISK_S, rel=0.05)
 
 
 @settings(deadline=None)
@@ -176,7 +207,7 @@ def test_the_measured_figure_is_the_simulators(requests):
         longest_s = max(longest_s, cost.prefill_s(tokens) + cost.profile.prefill_fixed_s)
     while server.now % REPORT_S > LOOP_S / 2:
         server.loop()
-    bound = 3 * (longest_s + LOOP_S) / WINDOW_S
-    late = 1.0 - math.exp(-REPORT_S / WINDOW_S)
-    load = simulated.load(server.now)
+    bound = 3 * (longest_s + LOOP_S) / BRISK_S
+    late = 1.0 - math.exp(-REPORT_S / BRISK_S)
+    load, _ = simulated.loads(server.now)
     assert server.meter.load == pytest.approx(load, abs=bound + late * load)

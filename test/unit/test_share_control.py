@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sglang_adrenaline.cost_model import WHOLE_DEVICE, CostModel
 from sglang_adrenaline.policy import PrefillLoad, SharePoint
-from sglang_adrenaline.policy.prefill_load import ArrivedWork
+from sglang_adrenaline.policy.prefill_load import LASTING_S, ArrivedWork
 from sglang_adrenaline.policy.sm_share import MARGIN, predicted_ttft_s
 from sglang_adrenaline.prefill.share_control import DWELL_S, ShareControl, points_at
 from sglang_adrenaline.profile_data import datasheet_profile
@@ -26,7 +26,7 @@ ALONE_RATE = 40e3
 def run(control, begin, seconds, prompts_s, tokens=1024):
     """The shares of that time, one for each prompt."""
     times = [begin + number / prompts_s for number in range(int(seconds * prompts_s))]
-    shares, arrived = [], ArrivedWork()
+    shares, arrived = [], ArrivedWork(LASTING_S)
     for now in times:
         arrived.add(now, tokens / ALONE_RATE)
         control.computed(tokens / ALONE_RATE)

@@ -15,6 +15,7 @@ from sglang_adrenaline.simulate import trace
 from sglang_adrenaline.simulate.__main__ import main
 from sglang_adrenaline.simulate.decode import DecodeRules
 from sglang_adrenaline.simulate.fleet import AggregatedFleet, DisaggregatedFleet, Shape
+from sglang_adrenaline.simulate.prefill import Prefill
 from sglang_adrenaline.simulate.steps import run_time, steps_until
 
 CONFIG = {
@@ -99,6 +100,25 @@ def test_fleet_any_load_finishes_every_request_and_leaves_nothing(lengths, offlo
             assert (prefill.lanes_in_use, prefill.cache.pins.keepers) == (0, {})
         for decode in decodes_of:
             assert (decode.active, decode.coming_local, decode.local_prompts, decode.remote_rows) == (0, 0, 0, 0)
+            assert not any(decode.under_way.values()) and decode.under_way_tokens == 0
+
+
+@pytest.mark.parametrize("prefills", [1, 2])
+def test_auto_takes_requests_in_as_far_ahead_of_prefill_as_the_runtime_does(prefills, monkeypatch):
+    pool, ahead = 4096, []
+
+    def record(self, request, now):
+        others = [r for r in requests if r is not request and r.split >= 0 and r.first < 0]
+        held = sum(other.prompt - other.split for other in others)
+        ahead.append((sum(other.prefill == self.index for other in others), held))
+        return submit(self, request, now)
+
+    submit = Prefill.submit
+    monkeypatch.setattr(Prefill, "submit", record)
+    requests = trace.fixed_lengths(40, None, 512, 64, 0)
+    fleet_of("auto", pool=pool, prefills=prefills).run(requests)
+    assert len(ahead) == 40 and max(count for count, _ in ahead) >= 1
+    assert not any(policy.has_enough(count, held, pool) for count, held in ahead)
 
 
 def test_fleet_single_request_takes_what_the_cost_model_says():

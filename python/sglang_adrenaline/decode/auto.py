@@ -58,7 +58,8 @@ class There:
     lanes: int
     lanes_in_use: int
     prefill_load: float
-    """Of its last report; see `policy.PrefillView`."""
+    """Of its last report, as `lasting_load`; see `policy.PrefillView`."""
+    lasting_load: float
     executor_share: float = WHOLE_DEVICE
     """SMs that are the executor's, as share of the device; WHOLE_DEVICE: shared with prefill."""
 
@@ -157,6 +158,8 @@ class LoadDecider:
         computing = rows - (here.rows if here.running is None else here.running)
         prompts = self.admission.prompt_tokens
         local = prompts + here.answer_tokens
+        output = self._outputs.mean or min(growth.own, answer_limit)
+        prompt_len = request.prompt_len
         view = policy.DecodeView(
             pool_tokens=here.pool_tokens,
             free_tokens=max(free, 0),
@@ -172,9 +175,15 @@ class LoadDecider:
             waiting=here.undecided,
             growth_tokens=growth.own,
             kept_tokens=growth.tokens,
+            life_s=self.cost.life_s(
+                output,
+                prompt_len,
+                rows=rows,
+                local_tokens=local,
+                joining=min(here.undecided + 1, max(free, 0) // (prompt_len + growth.own)),
+                pace=self.state.local_pace.rate,
+            ),
         )
-        prompt_len = request.prompt_len
-        output = self._outputs.mean or min(growth.own, answer_limit)
         bounds = self.cost.prefill_bounds(
             here.undecided + computing,
             self._prompts.add(prompt_len).mean,
@@ -253,6 +262,7 @@ class LoadDecider:
         self.state = policy.unobserved(self.state, window.steps, life_steps, observed)
 
     def _view(self, peer: There, bounds: bool) -> policy.PrefillView:
+        whole = peer.executor_share == WHOLE_DEVICE
         return policy.PrefillView(
             pool_tokens=peer.pool_tokens,
             pinned_tokens=peer.pinned_tokens,
@@ -262,8 +272,9 @@ class LoadDecider:
             round_trip_s=self._trip_s(peer.lanes_in_use + 1),
             overhead_s=self.cost.overhead_s,
             cache_reserve_tokens=min(CACHE_RESERVE_TOKENS, peer.pool_tokens // 10),
-            prefill_load=peer.prefill_load if peer.executor_share == WHOLE_DEVICE else 0.0,
-            bounds=bounds and peer.executor_share != WHOLE_DEVICE,
+            prefill_load=peer.prefill_load if whole else 0.0,
+            lasting_load=peer.lasting_load if whole else 0.0,
+            bounds=bounds and not whole,
         )
 
     def _in_halves(self, rows: int) -> bool:

@@ -215,6 +215,7 @@ def prefill_now(offloads: Iterable[Offload], peers: Iterable[Peer], kept: KeptPr
             lanes=link.lanes,
             lanes_in_use=len(ours),
             prefill_load=stats.prefill_load,
+            lasting_load=stats.lasting_load,
             executor_share=stats.executor_share,
         )
     return there

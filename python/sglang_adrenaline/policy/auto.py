@@ -275,9 +275,10 @@ def _spare(
     """Tokens of this prompt that the executor can read in the time that prefill leaves it."""
     if peer.bounds:
         return 0.0
-    if peer.prefill_load <= 0.0:
+    load = peer.load_over(decode.life_s)
+    if load <= 0.0:
         return math.inf
-    part = max(1.0 - peer.prefill_load / settings.prefill_utilisation, 0.0)
+    part = max(1.0 - load / settings.prefill_utilisation, 0.0)
     attention_s = max(decode.local_tokens / decode.attention_rate, peer.read_tokens / peer.attention_rate)
     step_s = _fixed_s(state, decode.linear_s) + decode.duty * attention_s
     # By the time that it has the device: it reads slower than that where prefill takes its part of the time.
@@ -287,7 +288,7 @@ def _spare(
 def _starves(request: Request, decode: DecodeView, peer: PrefillView, settings: LoadSettings) -> bool:
     """Whether prefill, which keeps up, has nothing to do until this request, which finds no room here, is admitted."""
     needed = request.prompt_len - request.local_cached_tokens + decode.growth_tokens
-    keeps_up = peer.prefill_load < settings.prefill_utilisation and not peer.bounds
+    keeps_up = peer.load_over(decode.life_s) < settings.prefill_utilisation and not peer.bounds
     return decode.computing == 0 and keeps_up and needed > decode.free_tokens
 
 

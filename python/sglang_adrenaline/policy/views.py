@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from sglang_adrenaline.policy.prefill_load import load_over
+
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """A request about to be admitted."""
@@ -56,6 +58,8 @@ class DecodeView(msgspec.Struct, frozen=True, kw_only=True):
     """Room that admission asks for beside the prompt."""
     kept_tokens: int = 0
     """Of the pool, kept free for answers of admitted requests and this one: no step reads anything there."""
+    life_s: float = 0.0
+    """How long requests decode, on the mean."""
 
 
 class PrefillView(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,10 +80,17 @@ class PrefillView(msgspec.Struct, frozen=True, kw_only=True):
     cache_reserve_tokens: int = 0
     """Head-room left to prefill's own work and cache."""
     prefill_load: float = 0.0
-    """Where executor and prefill share all SMs: prefill work that arrives per second, in seconds of the device alone.
-    0 where they do not (then `sm_share` has seen to it)."""
+    """Where executor and prefill share all SMs: prefill work that arrives per second, in seconds of the device alone,
+    over `prefill_load.BRISK_S`. 0 where they do not (then `sm_share` has seen to it)."""
+    lasting_load: float | None = None
+    """The same over LASTING_S; None: as `prefill_load`."""
     bounds: bool = False
     """Its prompts are what requests wait for, and will be for longer: see `prefill_load.bounded_by_prefill`."""
+
+    def load_over(self, life_s: float) -> float:
+        """Prefill's load as it counts for requests that decode for so long."""
+        lasting = self.prefill_load if self.lasting_load is None else self.lasting_load
+        return load_over(life_s, self.prefill_load, lasting)
 
 
 class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
     meter = LoadMeter(expected_s)
     meter.ran(now, worked_s, busy=, alone=)      once a loop of the scheduler
     meter.computed(new_tokens, cached_tokens)    for each prompt that is done
-    meter.report(now, begun=, waiting=)          now and then; `load` is as of the last time
+    meter.report(now, begun=, waiting=)          now and then; `load` and `lasting_load` are as of the last time
 
 A prompt's work is what the cost model expects times `slowness`, which is learned: time worked over time expected, while
 nothing but prompts is computed. Knows neither SGLang nor clocks; scheduler thread.
@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from sglang_adrenaline.policy.pace import Pace
-from sglang_adrenaline.policy.prefill_load import ArrivedWork
+from sglang_adrenaline.policy.prefill_load import BRISK_S, LASTING_S, ArrivedWork
 
 LEARN_S = 10.0
 """So much work forgets what was learned before."""
@@ -33,10 +33,14 @@ class LoadMeter:
 
     def __init__(self, expected_s: Callable[[int, int], float]) -> None:
         self.load = 0.0
+        """Over BRISK_S."""
+        self.lasting_load = 0.0
+        """Over LASTING_S."""
         self._pace = Pace(PRIOR_S, PRIOR_S)
         self._expected_s = expected_s
         self._fresh = 1.0
-        self._arrived = ArrivedWork()
+        self._arrived = ArrivedWork(BRISK_S)
+        self._arrived_lasting = ArrivedWork(LASTING_S)
         self._arrived_s = 0.0
         """Expected work of all that came until the last report; what is counted from there on is the difference."""
         self._computed_s = 0.0
@@ -88,9 +92,11 @@ class LoadMeter:
         self._learn()
         waiting_s = sum(self._expected_s(*self._parts(length)) for length in waiting)
         arrived_s = self._computed_s + waiting_s + sum(self._expected_s(*parts) for parts in begun)
-        self._arrived.add(now, self.slowness * (arrived_s - self._arrived_s))
+        came_s, wait_s = self.slowness * (arrived_s - self._arrived_s), self.slowness * waiting_s
         self._arrived_s = arrived_s
-        self.load = self._arrived.load(now, self.slowness * waiting_s)
+        self._arrived.add(now, came_s)
+        self._arrived_lasting.add(now, came_s)
+        self.load, self.lasting_load = self._arrived.load(now, wait_s), self._arrived_lasting.load(now, wait_s)
 
     def _parts(self, length: int) -> tuple[int, int]:
         new = min(max(math.ceil(self._fresh * length), 1), length)

@@ -354,6 +354,7 @@ class PrefillRuntime:
             lanes_in_use=self.pins.lanes_in_use(session.key),
             steps=session.executor.steps_done,
             prefill_load=self._load.load,
+            lasting_load=self._load.lasting_load,
             executor_share=self.executor_share,
             busy_s=session.executor.busy_s,
             worked_s=session.executor.worked_s,
@@ -369,7 +370,7 @@ class PrefillRuntime:
     def executor_share(self) -> float:
         """Of the GPU's SMs, that prefill stays off while it keeps prefixes; 0 = none. Scheduler thread."""
         if self._share_control is not None:
-            return self._share_control.share(time.monotonic(), self._load.load)
+            return self._share_control.share(time.monotonic(), self._load.lasting_load)
         shares = self.gpu.shares if self.gpu is not None else ()
         return max(shares, default=0.0)
 

@@ -4,8 +4,8 @@
     control.computed(alone_s)             for each prompt that prefill has computed
     share = control.share(now, load)      before a batch is launched: place it off that share of the SMs
 
-`load` is `LoadMeter`'s: it counts what comes, and what has waited too long on top. What is computed would not do:
-beside an executor with too large a share prefill computes less, and what it computes would seem to be all there is.
+`load` is `LoadMeter.lasting_load`: it counts what comes, and what has waited too long on top. What is computed would
+not do: beside an executor with too large a share prefill computes less, and that would seem to be all there is.
 
 A change needs DWELL_S since the last one, and a larger share room to spare (`policy.choose_share`), so a share does not
 flap with single prompts. Where prefill could not keep up even beside the smallest share it gets everything: then it is

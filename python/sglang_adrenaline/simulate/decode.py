@@ -71,6 +71,10 @@ class Decode:
         self.duty = policy.Duty()
         self.coming_local = 0
         """Tokens here of admitted requests that have not joined yet."""
+        self.under_way = dict.fromkeys((p.index for p in prefills), 0)
+        """By prefill instance, admitted requests whose prompts it computes or is to compute."""
+        self.under_way_tokens = 0
+        """Of the pool, for their prompts."""
         self.remote = dict.fromkeys((p.index for p in prefills), 0)
         self.remote_rows = 0
         self.retracted = 0
@@ -99,20 +103,21 @@ class Decode:
     def admit(self, now: float) -> Iterator[Req]:
         """Requests whose prefill begins now, one by one, so that each decision sees what those before led to.
 
-        Retracted ones, first in the queue, join the batch at once; they are only there at boundaries. In between `used`
-        is short of what the run under way has added by `now`.
+        In order of arrival, but those whose prefill instance has enough to do are passed. Retracted ones, first in the
+        queue, join the batch at once; they are only there at boundaries. In between `used` is short of what the run
+        under way has added by `now`.
         """
         self.now = now
         steps = int((now - self.batch.time) / self.batch.step_s()) if self.batch.planned else 0
-        while self.waiting:
-            request = self.waiting[0]
+        while (place := self._turn()) is not None:
+            request = self.waiting[place]
             room = self._room(request, steps)
             undecided = request.split < 0
             split, state, reason = self._decide(request, room) if undecided else (request.split, None, "")
             need = request.prompt - split + max(request.produced, 1)
             if self.active and (need + room.growth > room.free or reason == policy.Reason.WAIT):
                 break
-            self.waiting.popleft()
+            del self.waiting[place]
             if undecided:
                 self._settle(request, split, state, reason)
             self.used += need
@@ -124,7 +129,27 @@ class Decode:
             if request.produced:
                 self._join(request)
             else:
+                self._goes_to_prefill(request, 1)
                 yield request
+
+    def _turn(self) -> int | None:
+        """Place in the queue of the request whose turn it is."""
+        if self.rules.offload != "auto":
+            return 0 if self.waiting else None
+        tokens, pool = self.under_way_tokens, self.pool
+        enough = {index: policy.has_enough(count, tokens, pool) for index, count in self.under_way.items()}
+        everywhere = all(enough.values())
+        for place, request in enumerate(self.waiting):
+            if request.split >= 0 or not enough[request.prefill]:
+                return place
+            if everywhere:  # retracted requests, which need no prefill, come first
+                break
+        return None
+
+    def _goes_to_prefill(self, request: Req, sign: int) -> None:
+        """1: it is to be computed there; -1: it was."""
+        self.under_way[request.prefill] += sign
+        self.under_way_tokens += sign * (request.prompt - request.split)
 
     def _room(self, request: Req, steps: int) -> Room:
         """For a newcomer, `steps` into the run under way."""
@@ -138,6 +163,7 @@ class Decode:
 
     def prefilled(self, request: Req, now: float) -> bool:
         """The KV that is to be here has come, with the first token; True if that was the last token as well."""
+        self._goes_to_prefill(request, -1)
         request.first = now
         request.produced = 1
         if request.output > 1:
@@ -179,10 +205,11 @@ class Decode:
         cached, coming = peer.cache.expected_prefix(request.blocks)
         rows = self.active
         behind = max(len(self.waiting) - 1, 0)
+        output = self.outputs.mean or min(room.growth, request.limit)
         bounds = self.cost.prefill_bounds(
             behind + self.active - self.batch.rows,
             self.prompts.add(request.prompt).mean,
-            self.outputs.mean or min(room.growth, request.limit),
+            output,
             pool_tokens=self.pool,
             pace=self.state.local_pace.rate,
             peers=len(self.prefills),
@@ -209,6 +236,14 @@ class Decode:
                 waiting=behind,
                 growth_tokens=room.growth,
                 kept_tokens=room.kept,
+                life_s=self.cost.life_s(
+                    output,
+                    request.prompt,
+                    rows=rows,
+                    local_tokens=local,
+                    joining=min(behind + 1, max(room.free, 0) // (request.prompt + room.growth)),
+                    pace=self.state.local_pace.rate,
+                ),
             ),
             {str(p.index): self._view(p, bounds) for p in self.prefills},
             self.rules.settings,
@@ -219,6 +254,7 @@ class Decode:
         return max(self.rules.lanes - peer.lanes_in_use, 0)
 
     def _view(self, peer: Prefill, bounds: bool) -> policy.PrefillView:
+        brisk, lasting = peer.loads(self.now)
         return policy.PrefillView(
             pool_tokens=peer.pool_tokens,
             pinned_tokens=peer.pinned,
@@ -227,7 +263,8 @@ class Decode:
             attention_rate=peer.told_rate,
             round_trip_s=self.cost.round_trip_s(peer.lanes_in_use + 1),
             overhead_s=self.cost.overhead_s,
-            prefill_load=peer.load(self.now),
+            prefill_load=brisk,
+            lasting_load=lasting,
             bounds=bounds and peer.divided,
             cache_reserve_tokens=min(BATCH_TOKENS, peer.pool_tokens // 10),
         )

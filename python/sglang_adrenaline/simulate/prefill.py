@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from sglang_adrenaline.cost_model import WHOLE_DEVICE, CostModel
-from sglang_adrenaline.policy.prefill_load import ArrivedWork
+from sglang_adrenaline.policy.prefill_load import BRISK_S, LASTING_S, ArrivedWork
 from sglang_adrenaline.policy.sharing import Sharing
 from sglang_adrenaline.simulate.trace import BLOCK_TOKENS, Req
 
@@ -73,7 +73,8 @@ class Prefill:
         self.free_at = 0.0
         self.busy_s = 0.0
         self._batch_tokens = BATCH_TOKENS
-        self._arrived = ArrivedWork()
+        self._arrived = ArrivedWork(BRISK_S)
+        self._arrived_lasting = ArrivedWork(LASTING_S)
         figures = cost.share_figures(share) if share != WHOLE_DEVICE else None
         self.told_rate = figures.attention_bytes_s / cost.kv_token_bytes if figures else cost.attention_rate
         self._rate_error = rate_error
@@ -90,6 +91,7 @@ class Prefill:
             self._batch_tokens = 0
         self._batch_tokens += new
         self._arrived.add(now, service)
+        self._arrived_lasting.add(now, service)
         service /= self._speed()
         start = max(now, self.free_at)
         self.free_at = start + service
@@ -104,11 +106,12 @@ class Prefill:
         """Whether some SMs are the executor's alone."""
         return self._factor is not None
 
-    def load(self, now: float) -> float:
-        """`PrefillView.prefill_load`: 0 with divided SMs."""
+    def loads(self, now: float) -> tuple[float, float]:
+        """`PrefillView.prefill_load` and `lasting_load`: 0 with divided SMs."""
         if self.divided:
-            return 0.0
-        return self._arrived.load(now, self.free_at - now, self._speed())
+            return 0.0, 0.0
+        wait_s, speed = self.free_at - now, self._speed()
+        return self._arrived.load(now, wait_s, speed), self._arrived_lasting.load(now, wait_s, speed)
 
     def rate(self, now: float) -> float:
         """What the executor reaches: it has all SMs while prefill has no work. The policy is told `told_rate`."""
