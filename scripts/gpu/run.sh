@@ -18,10 +18,9 @@
 #   gqa mha exactness returns           test/gpu: one model variant, both, and the restart of killed servers
 #   tp                                  test/gpu with two ranks a server, on two GPUs
 #   smoke                               a short comparison: does everything work
-#   halves7b halves8b                   one GPU as two, with MPS=50: one start of ours, auto beside ratios (RATIOS) that the client sets
-#   halvespd7b halvespd8b               the same load on stock PD
 #   compare7b compare8b rates7b idle7b ttft8k   the comparisons of docs/gpu-results.md
-#   ratios7b                            one start of ours, several offload ratios set by the client
+#   ratios7b ratios8b                   one start of ours, auto beside offload ratios set by the client (RATIOS)
+#   halves7b halves8b                   the same on one GPU that MPS makes two of: with MPS=50, or 25 for half of its bandwidth each
 #   soak                                mixed load for SECONDS_EACH (500): leaks, drift (a call of its own)
 # MPS=PERCENT: processes share a GPU through NVIDIA MPS, each on so many percent of its SMs, instead of taking turns on it.
 # Environment: SYSTEMS, RATIO, RATIOS, RATES, SERVER_ARGS, ADRENALINE_ARGS, CONCURRENCY, SECONDS_EACH, LIMIT (seconds for a step), TRACE_AT
@@ -74,7 +73,7 @@ read -r -a systems <<<"${SYSTEMS:-$pd dp2 adrenaline:$ratio}"
 # On one GPU both servers share it, as in local8b and stock8b; there prefill is idle most of the time.
 shared="--max-running-requests 160 --cuda-graph-max-bs-decode 160 --mem-fraction-static 0.8 --max-total-tokens 260000"
 
-# With MPS=50, half of an H200 for each server: a pool of decode that keeps its batch small, as on two GPUs.
+# A part of an H200 for each server: a pool of decode that keeps its batch small, as on two GPUs.
 half="--mem-fraction-static 0.8 --max-total-tokens 65536 --cuda-graph-max-bs-decode 256"
 
 gpu_tests() { # name seconds selection
@@ -159,27 +158,19 @@ for name in "$@"; do
       systems=("$pd" adrenaline:0 adrenaline:1)
       compare idle7b 580 "$seven" "single in=8192 out=256 requests=4" \
         "saturated in=512 out=512 concurrency=$open seconds=$span stream=8" ;;
-    ratios7b)
-      systems=(adrenaline:$ratio)
-      workloads=()
-      for r in ${RATIOS:-0 0.3 0.5 0.7 0.9}; do
-        workloads+=("saturated in=512 out=512 concurrency=$open seconds=$span stream=8 ratio=$r")
-      done
-      compare ratios7b 580 "$seven" "${workloads[@]}" ;;
-    halves7b | halvespd7b | halves8b | halvespd8b)
+    ratios7b | ratios8b | halves7b | halves8b)
       case $name in
-        *7b) model=$seven load="in=512 out=512 concurrency=${CONCURRENCY:-240}" ;;
-        *) model=$eight load="in=4096 out=512 concurrency=${CONCURRENCY:-64}" ;;
+        *7b) model=$seven load="in=512 out=512" ;;
+        *) model=$eight load="in=4096 out=512" ;;
       esac
-      load="saturated $load seconds=$span stream=8"
-      workloads=("$load")
-      systems=(pd:local)
-      if [[ $name != halvespd* ]]; then
-        systems=(adrenaline:auto:local)
-        for r in ${RATIOS:-0 0.3 0.5 0.7 0.9}; do workloads+=("$load ratio=$r"); done
-        workloads+=("$load name=auto_again")
-      fi
-      SERVER_ARGS="$half ${SERVER_ARGS:-}" compare "$name" 580 "$model" "${workloads[@]}" ;;
+      [[ $name == halves* ]] && SERVER_ARGS="$half ${SERVER_ARGS:-}"
+      [[ -n ${SYSTEMS:-} ]] || systems=(adrenaline:auto)
+      workloads=()
+      for r in ${RATIOS:-auto 0 0.3 0.5 0.7 0.9 auto}; do
+        [[ $r == auto ]] && r="name=auto-$((${#workloads[@]} + 1))" || r="ratio=$r name=ratio-$r"
+        workloads+=("saturated $load concurrency=$open seconds=$span stream=8 $r")
+      done
+      compare "$name" 580 "$model" "${workloads[@]}" ;;
     soak)
       lines=60 step soak 595 python3 benchmark/soak.py --out "$work/soak" --seconds "${SECONDS_EACH:-500}" \
         "--adrenaline-args=${ADRENALINE_ARGS:-}" ;;
