@@ -256,7 +256,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="SMs of the prefill GPU that prefill leaves to the attention executor while prompts are offloaded, "
         "rounded up to what the GPU can set apart; the executor uses the others, too, while they are idle; 0: prefill "
-        "always uses all (default auto: up to 36 %% of them, by prefill's load)",
+        "always uses all (default auto: up to 60 %% of them, by prefill's load)",
     )
     group.add_argument(
         "--adrenaline-halves-from",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from sglang_adrenaline.launcher import gpus, options
@@ -21,6 +23,17 @@ def test_visible_gpus(tmp_path, files, environment, expected):
     for name in files:
         (tmp_path / name).touch()
     assert gpus.visible_gpus(environment, tmp_path) == expected
+
+
+def test_mps_is_seen_by_its_daemons_socket(tmp_path):
+    environment = {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}
+    assert not gpus.has_mps(environment)
+    (tmp_path / "control").touch()
+    assert not gpus.has_mps(environment)
+    (tmp_path / "control").unlink()
+    with socket.socket(socket.AF_UNIX) as daemon:
+        daemon.bind(str(tmp_path / "control"))
+        assert gpus.has_mps(environment)
 
 
 def test_servers_get_gpus_of_their_own_while_there_are_enough():

@@ -1,6 +1,6 @@
 """Which GPUs each server of a deployment gets: its own where there are enough, else those with the fewest servers.
 
-Looks at device files and CUDA_VISIBLE_DEVICES only, so that the launcher needs no CUDA library.
+Looks at files and variables of the environment only, so that the launcher needs no CUDA library.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ def visible_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Pa
     if named is not None:
         return len([name for name in named.split(",") if name.strip() not in ("", "-1")])
     return sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in devices.glob("nvidia*"))
+
+
+def has_mps(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether processes that share a GPU will run side by side, by NVIDIA MPS, whose daemon keeps a socket."""
+    return (Path(environment.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")) / "control").is_socket()
 
 
 def placements(num_gpus: int, gpus_per_server: Sequence[int]) -> list[list[str]]:

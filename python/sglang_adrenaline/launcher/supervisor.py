@@ -16,7 +16,7 @@ from pathlib import Path
 from sglang_adrenaline import refusals
 from sglang_adrenaline.config import HOST_SERVERS_ENV
 from sglang_adrenaline.errors import ConfigError
-from sglang_adrenaline.launcher import groups, stages, warmup
+from sglang_adrenaline.launcher import gpus, groups, stages, warmup
 from sglang_adrenaline.launcher.guard import Guard
 from sglang_adrenaline.launcher.keeper import Keeper, Kept
 from sglang_adrenaline.launcher.model import check_model_path
@@ -115,9 +115,12 @@ class Deployment:
         """True once warm; False if a stop was asked for. Raises StartFailed."""
         deadline = time.monotonic() + self._plan.startup_timeout
         if self._plan.gpus_are_shared:
-            self._progress(
-                "GPUs", "prefill and decode share one and take turns on it: offloaded layers take milliseconds"
+            how = (
+                "run on it side by side (NVIDIA MPS)"
+                if gpus.has_mps()
+                else "take turns on it: offloaded layers take milliseconds; with NVIDIA MPS they would run side by side"
             )
+            self._progress("GPUs", f"prefill and decode share one and {how}")
         servers = [self._start_server(server) for server in self._plan.servers]
         if not stages.wait_for(servers, self._progress, deadline, self._looked_after):
             return False

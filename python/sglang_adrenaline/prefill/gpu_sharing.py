@@ -49,7 +49,13 @@ class GpuSharing:
                 raise ConfigError("--adrenaline-executor-sms needs the overlap schedule")
             return
         for count in filter(None, counts):
-            partition = SmPartition(device, count)
+            try:
+                partition = SmPartition(device, count)
+            except ConfigError as error:  # as where NVIDIA MPS has set SMs apart for each process
+                if executor_sms is not None:
+                    raise
+                logger.warning("prefill and the attention executor share all SMs: %s", error)
+                break
             self._streams[partition.executor_sms / total] = partition.prefill_stream()
         if self.shares:
             sms = ", ".join(str(round(share * total)) for share in self.shares)
