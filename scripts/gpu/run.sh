@@ -163,14 +163,14 @@ for name in "$@"; do
         *7b) model=$seven load="in=512 out=512" ;;
         *) model=$eight load="in=4096 out=512" ;;
       esac
-      [[ $name == halves* ]] && SERVER_ARGS="$half ${SERVER_ARGS:-}"
+      [[ $name == halves* ]] && part=$half || part=
       [[ -n ${SYSTEMS:-} ]] || systems=(adrenaline:auto)
       workloads=()
       for r in ${RATIOS:-auto 0 0.3 0.5 0.7 0.9 auto}; do
         [[ $r == auto ]] && r="name=auto-$((${#workloads[@]} + 1))" || r="ratio=$r name=ratio-$r"
         workloads+=("saturated $load concurrency=$open seconds=$span stream=8 $r")
       done
-      compare "$name" 580 "$model" "${workloads[@]}" ;;
+      SERVER_ARGS="$part ${SERVER_ARGS:-}" compare "$name" 580 "$model" "${workloads[@]}" ;;
     soak)
       lines=60 step soak 595 python3 benchmark/soak.py --out "$work/soak" --seconds "${SECONDS_EACH:-500}" \
         "--adrenaline-args=${ADRENALINE_ARGS:-}" ;;

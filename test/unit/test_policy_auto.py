@@ -43,6 +43,7 @@ decodes = st.builds(
     linear_row_s=st.floats(0, 1e-4),
     growth_tokens=st.integers(0, 2_000),
     kept_tokens=tokens,
+    life_s=st.floats(0, 20),
 )
 peers = st.builds(
     policy.PrefillView,
@@ -55,6 +56,7 @@ peers = st.builds(
     overhead_s=overheads,
     cache_reserve_tokens=st.integers(0, 20_000),
     prefill_load=st.floats(0, 1.5),
+    lasting_load=st.none() | st.floats(0, 1.5),
 )
 fleets = st.dictionaries(st.sampled_from("abcd"), peers, min_size=1).filter(lambda fleet: "a" in fleet)
 paces = st.builds(Pace, predicted_s=st.floats(0, 1), took_s=st.floats(0, 1))
@@ -354,9 +356,11 @@ def test_decide_prompt_longer_than_decode_memory_stays_remote_as_far_as_needed()
     assert decision.reason is policy.Reason.TOO_LONG and 10_000 - decision.split <= 4_000
 
 
-@given(states, requests, decodes, fleets, settings, st.floats(0, 1))
-def test_decide_busier_prefill_never_offloads_more(state, request, decode, fleet, rules, more):
-    busier = msgspec.structs.replace(fleet["a"], prefill_load=fleet["a"].prefill_load + more)
+@given(states, requests, decodes, fleets, settings, st.floats(0, 1), st.floats(0, 1))
+def test_decide_busier_prefill_never_offloads_more(state, request, decode, fleet, rules, more, longer):
+    before = fleet["a"]
+    lasting = None if before.lasting_load is None else before.lasting_load + longer
+    busier = msgspec.structs.replace(before, prefill_load=before.prefill_load + more, lasting_load=lasting)
     assert split(state, request, decode, fleet | {"a": busier}, rules) <= split(state, request, decode, fleet, rules)
 
 
