@@ -6,6 +6,9 @@ the machine does hits all of them alike. Before each setting both caches are emp
 
 Each server keeps to cores of its own, as servers on GPUs keep to theirs: executor and prefill share one server's,
 and what decode does not use is nobody else's. `--cores all` lets the kernel move everything everywhere.
+
+How slow the cores were is measured beside each phase (`core_pace.py`): on a shared host that is most of what rounds
+differ by. With enough rounds a second table has the rates as if all had met the same.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from typing import Any
 
 import compare_cpu
 import servers
+from core_pace import CorePace, at_even_pace
 from phases import CONCURRENCY, DECODE_POOL, PHASES, RESERVED_TOKENS, Phase
 from servers import Group
 
@@ -55,6 +59,8 @@ class Measured:
     rose: dict[str, float]
     learnt: dict[str, Any]
     """What measured steps have corrected by then."""
+    slowness: tuple[float, float] | None = None
+    """Of prefill's cores and of decode's, over the fastest they were; None: of before that was measured."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -116,7 +122,7 @@ def splits(ratio: float, prompts: Sequence[Sequence[int]], state: policy.State) 
     return chosen, state
 
 
-def run_setting(group: Group, setting: str, round_: int, args: argparse.Namespace) -> list[Measured]:
+def run_setting(group: Group, setting: str, round_: int, args: argparse.Namespace, pace: CorePace) -> list[Measured]:
     """All phases, one after the other."""
     empty(group)
     state, results = policy.State(), []
@@ -128,7 +134,7 @@ def run_setting(group: Group, setting: str, round_: int, args: argparse.Namespac
             chosen, state = splits(float(setting), prompts, state)
             for params, split in zip(sampling, chosen, strict=True):
                 params["custom_params"] = {"adrenaline": {"remote_prefix_len": split}}
-        results.append(run_phase(group, setting, round_, phase, prompts, sampling))
+        results.append(run_phase(group, setting, round_, phase, prompts, sampling, pace))
     return results
 
 
@@ -139,11 +145,13 @@ def run_phase(
     phase: Phase,
     prompts: list[list[int]],
     sampling: list[dict[str, Any]],
+    pace: CorePace,
 ) -> Measured:
-    before = counters(group)
+    before, begun = counters(group), time.monotonic()
     timings, seconds = asyncio.run(
         compare_cpu.measure(group.url, prompts, phase.output, CONCURRENCY, sampling=sampling)
     )
+    ended = time.monotonic()
     status = group.status("decode")
     load = float(group.status("prefill")["prefill_load"])
     wait_idle(group)
@@ -160,7 +168,12 @@ def run_phase(
         prefill_load=load,
         rose=rose,
         learnt={name: status[name] for name in LEARNT},
+        slowness=tuple(pace.slowness(cores_of(group, role), begun, ended) for role in ("prefill", "decode")),
     )
+
+
+def cores_of(group: Group, role: str) -> list[int]:
+    return list(group.servers[role].cores or os.sched_getaffinity(0))
 
 
 def counters(group: Group) -> dict[str, float]:
@@ -203,12 +216,43 @@ def rates(results: Sequence[Measured]) -> dict[str, dict[str, float]]:
     return table
 
 
-def print_table(results: Sequence[Measured]) -> None:
-    """Medians; `auto / best` compares with the best fixed ratio of the same column. Then what auto decided."""
-    table = rates(results)
+def even_rates(results: Sequence[Measured]) -> dict[str, dict[str, float]]:
+    """As `rates`, as if all phases of a name had met cores of the same pace. Raises ValueError on too few rounds."""
+    table: dict[str, dict[str, float]] = {}
+    seconds: dict[str, float] = {}
+    tokens = 0.0
+    for phase in dict.fromkeys(result.phase for result in results):
+        mine = [result for result in results if result.phase == phase and result.slowness]
+        even = at_even_pace(
+            [r.setting for r in mine], [r.tokens / r.seconds for r in mine], [r.slowness or () for r in mine]
+        )
+        tokens += mine[0].tokens
+        for setting, rate in even.items():
+            table.setdefault(setting, {})[phase] = rate
+            seconds[setting] = seconds.get(setting, 0.0) + mine[0].tokens / rate
+    for setting, row in table.items():
+        row["overall"] = tokens / seconds[setting]
+    return table
+
+
+def print_results(results: Sequence[Measured]) -> None:
+    """Medians, rates at an even pace, then each phase and what auto decided in it."""
+    print_table("output tok/s", rates(results))
+    try:
+        print_table("at even pace", even_rates(results))
+    except ValueError as error:
+        print(f"no rates at an even pace: {error}")
+    for result in results:
+        cores = " ".join(f"{slowness:.2f}" for slowness in result.slowness or ())
+        speed = f"{result.tokens / result.seconds:.1f} tok/s, cores {cores or '?'}"
+        print(f"{result.setting} {result.round} {result.phase}: {speed} {result.rose} {result.learnt}")
+
+
+def print_table(title: str, table: dict[str, dict[str, float]]) -> None:
+    """`auto / best` compares with the best fixed ratio of the same column."""
     columns = list(next(iter(table.values())))
-    line = "| {:>11} |" + " {:>15} |" * len(columns)
-    print(line.format("output tok/s", *columns))
+    line = "| {:>12} |" + " {:>15} |" * len(columns)
+    print(line.format(title, *columns))
     print("|" + "---|" * (len(columns) + 1))
     for setting, row in table.items():
         print(line.format(setting, *(f"{row[name]:.1f}" for name in columns)))
@@ -216,9 +260,6 @@ def print_table(results: Sequence[Measured]) -> None:
     if AUTO in table and fixed:
         shares = (table[AUTO][name] / max(row[name] for row in fixed) for name in columns)
         print(line.format("auto / best", *(f"{share:.3f}" for share in shares)))
-    for result in results:
-        speed = f"{result.tokens / result.seconds:.1f} tok/s"
-        print(f"{result.setting} {result.round} {result.phase}: {speed} {result.rose} {result.learnt}")
 
 
 def plot(results: Sequence[Measured], path: str) -> None:
@@ -249,18 +290,18 @@ def main(argv: Sequence[str]) -> int:
         if args.json and Path(args.json).exists():
             results = [Measured(**fields) for fields in json.loads(Path(args.json).read_text())["results"]]
         first = max((result.round for result in results), default=-1) + 1
-        with make_group(args, profile, logs).start() as group:
+        with CorePace(os.sched_getaffinity(0)) as pace, make_group(args, profile, logs).start() as group:
             asyncio.run(compare_cpu.measure(group.url, [[7] * 40] * 4, 16, 4))  # first use of everything
             for round_ in range(first, first + args.rounds):
                 turn = round_ % len(settings)
                 for setting in settings[turn:] + settings[:turn]:
                     begun = time.monotonic()
-                    results += run_setting(group, setting, round_, args)
+                    results += run_setting(group, setting, round_, args, pace)
                     print(f"  {setting}, round {round_}: {time.monotonic() - begun:.0f} s", file=sys.stderr)
                 if args.json:
                     text = json.dumps({"arguments": vars(args), "results": [asdict(r) for r in results]}, indent=1)
                     Path(args.json).write_text(text)
-    print_table(results)
+    print_results(results)
     if args.png:
         plot(results, args.png)
     return 0
