@@ -341,11 +341,13 @@ def test_decide_full_decode_memory_of_which_less_is_read_overflows_sooner():
     fleet = {"a": msgspec.structs.replace(IDLE["a"], read_tokens=60_000, pinned_tokens=60_000)}
     keeps = msgspec.structs.replace(full, kept_tokens=30_000)
     request = policy.Request(prompt_len=700)
-    reasons = [
-        policy.decide_by_load(policy.LoadState(), request, "a", decode, fleet, policy.LoadSettings())[0].reason
-        for decode in (full, keeps)
-    ]
-    assert reasons == [policy.Reason.LEVEL, policy.Reason.OVERFLOW]
+
+    def reason(decode, occupied):
+        rules = policy.LoadSettings(occupied=occupied)
+        return policy.decide_by_load(policy.LoadState(), request, "a", decode, fleet, rules)[0].reason
+
+    assert [reason(full, 1.0), reason(keeps, 1.0)] == [policy.Reason.LEVEL, policy.Reason.OVERFLOW]
+    assert reason(full, 0.7) is policy.Reason.OVERFLOW
 
 
 def test_decide_prompt_longer_than_decode_memory_stays_remote_as_far_as_needed():

@@ -27,9 +27,9 @@ Rates are the profile's as measured steps correct them (`feedback.py`).
 C1, the memory condition: P fits under the cap on pinned tokens. A request that finds no room here, or takes what those
 behind it need, makes one wait. It goes remote beyond the hidden part, within C1, if that gains throughput, as long as
 the batch stays under B_max and the step within the TPOT SLO. It gains where a step's fixed time is spread over more
-rows by more than remote reads add: with `used` tokens of decode memory in use, all but what is kept free for answers to
-grow, a batch takes fixed / rows + remote tokens of a row / rate_i per token, and moving one token out makes room for
-1 / used more of the batch, so it pays where
+rows by more than remote reads add: with `used` tokens of decode memory in use, a share of all but what is kept free for
+answers to grow (the next prompt seldom fits to a token), a batch takes fixed / rows + remote tokens of a row / rate_i
+per token, and moving one token out makes room for 1 / used more of the batch, so it pays where
 
     1 / rate_i < fixed / used
 
@@ -311,7 +311,7 @@ def _overflow(
     duty, rate = decode.duty, peer.attention_rate
     fixed_s = _fixed_s(state, decode.linear_s) - decode.rows * decode.linear_row_s
     rows, read = duty * decode.rows, duty * peer.read_tokens
-    used = decode.pool_tokens - decode.kept_tokens
+    used = settings.occupied * (decode.pool_tokens - decode.kept_tokens)
     if rows >= settings.max_rows or duty * used > fixed_s * rate:
         return 0.0
     linear_s = fixed_s + rows * decode.linear_row_s

@@ -115,6 +115,9 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Prefill may be kept busy up to this share of the time that executors leave it; less for an objective of TTFT. The
     rest goes to what is not in its load: a prefill server that always has prompts waiting reports 0.7 to 0.8 on a CPU
     (docs/measurements.md)."""
+    occupied: float = 0.8
+    """Of decode's memory, less what is kept for answers to grow, what requests hold on the mean while others wait for
+    it (docs/scheduling.md)."""
     relief: float = 0.1
     """Memory pressure is over once a request fits with this share of the pool to spare."""
     wait_low: float = 0.01
