@@ -105,13 +105,17 @@ class CostModel:
         *,
         rows: int,
         local_tokens: float,
-        joining: int,
+        waiting: int,
+        free_tokens: int,
+        growth_tokens: int,
         pace: float,
     ) -> float:
-        """How long a request decodes on the mean, in a batch of `rows` that so many with such a prompt will join.
+        """How long a request decodes on the mean, in a batch of `rows` that it and the `waiting` will join.
 
-        local_tokens: that the batch attends to here; pace: of that, as share of the profile's.
+        As many as fit into free_tokens, with such a prompt and growth_tokens each. local_tokens: that the batch attends
+        to here; pace: of that, as share of the profile's.
         """
+        joining = min(waiting + 1, int(max(free_tokens, 0) // (prompt + growth_tokens)))
         tokens = local_tokens + joining * (prompt + output / 2)
         return output * self.step_s(max(rows + joining, 1), tokens / pace)
 

@@ -155,3 +155,15 @@ def test_unknown_device_is_refused():
         datasheet_profile("Abacus", LLAMA2_7B)
     with pytest.raises(ConfigError, match="divided"):
         datasheet_profile("H100", LLAMA2_7B, tp_size=5)
+
+
+def test_life_of_a_request_is_that_many_steps_of_the_batch_that_will_be():
+    """Ten decode; of five that wait and this one as many join as fit into what is free."""
+    batch = {"rows": 10, "local_tokens": 8_000, "waiting": 5, "growth_tokens": 64, "pace": 0.5}
+    joins_nobody = H100.life_s(100, 500, free_tokens=500, **batch)
+    assert joins_nobody == pytest.approx(100 * H100.step_s(10, 8_000 / 0.5))
+    two_join = H100.life_s(100, 500, free_tokens=1_200, **batch)
+    assert two_join == pytest.approx(100 * H100.step_s(12, (8_000 + 2 * 550) / 0.5))
+    all_join = H100.life_s(100, 500, free_tokens=10**6, **batch)
+    assert all_join == pytest.approx(100 * H100.step_s(16, (8_000 + 6 * 550) / 0.5))
+    assert H100.life_s(100, 500, free_tokens=-5, **batch) == joins_nobody

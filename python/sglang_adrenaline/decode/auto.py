@@ -180,7 +180,9 @@ class LoadDecider:
                 prompt_len,
                 rows=rows,
                 local_tokens=local,
-                joining=min(here.undecided + 1, max(free, 0) // (prompt_len + growth.own)),
+                waiting=here.undecided,
+                free_tokens=free,
+                growth_tokens=growth.own,
                 pace=self.state.local_pace.rate,
             ),
         )
